@@ -1,0 +1,68 @@
+"""Make the judge's training data: both models' own answers, their first error marked by the exact checker.
+
+    python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out judge_data.jsonl
+
+Prompts come from the judge split. The draft answers greedily and twice sampled, the target greedily.
+"""
+import argparse
+import json
+import sys
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from tqdm import tqdm
+
+from cli import replacing, run
+from demo.corpus import TASKS, first_error, problems
+from generate import Engine, generate
+from model import load
+from tokenizer import Tokenizer
+
+PLAN = (("target", 0.0), ("draft", 0.0), ("draft", 0.7), ("draft", 1.0))  # (source, temperature) of each prompt's answers
+MAX_NEW_TOKENS = 220
+
+
+def answers(job):
+    """All planned answers to a share of the prompts; runs in a process of its own, on one thread."""
+    target_dir, draft_dir, per_task, share, of = job
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.from_dir(target_dir)
+    models = {"target": load(target_dir, dtype=torch.float32), "draft": load(draft_dir, dtype=torch.float32)}
+    engines = [(source, t, Engine(models[source], temperature=t, seed=share)) for source, t in PLAN]
+    lines = []
+    for task in TASKS:
+        for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task, disable=share > 0):
+            prompt = tokenizer.encode(problem.prompt)
+            for source, temperature, engine in engines:
+                r = generate(engine, prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
+                if r.tokens[-1] not in tokenizer.eos_ids:
+                    continue
+                answer = tokenizer.decode_new(prompt, r.tokens)
+                error = first_error(problem, answer)
+                lines.append({"prompt": problem.prompt, "answer": answer, "error": error, "domain": task, "source_model": source,
+                              "temperature": temperature})
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--draft", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--per_task", type=int, default=400, help="prompts of each task")
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    jobs = [(args.target, args.draft, args.per_task, i, args.processes) for i in range(args.processes)]
+    with get_context("spawn").Pool(args.processes) as pool:
+        lines = sum(pool.map(answers, jobs), [])
+    with replacing(args.out) as tmp:
+        tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    print(f"{len(lines)} answers, {sum(line['error'] is not None for line in lines)} with an error -> {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,154 @@
+"""Train one of the demo's two models on the synthetic corpus, from a seed; writes an ordinary checkpoint directory.
+
+    python demo/train.py --model target --tokenizer checkpoints/demo/target --out checkpoints/demo/target --minutes 60
+    python demo/train.py --model draft --tokenizer checkpoints/demo/target --out checkpoints/demo/draft --minutes 10
+
+Text is rendered as it is needed, so no document is seen twice. Muon for the matrices, AdamW for the rest, bfloat16
+autocast, a schedule that is flat and then falls to zero. `--minutes` bounds the time; the step count follows from it.
+"""
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from cli import replacing, run
+from demo.corpus import TASKS, problems, render
+from model import ModelConfig, Transformer, apply_rope, rope_table
+
+SEQ = 256  # row length in training
+SIZES = {
+    "target": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, intermediate_size=1024,
+                   tie_word_embeddings=False),
+    "draft": dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=256,
+                  tie_word_embeddings=True),
+}
+MISTAKES = {"target": 0.03, "draft": 0.0}  # share of the words that could be got wrong and are, to be taken back
+WEIGHTS = {  # documents of each task; the draft has read less maths, and no sums
+    "target": {"maths": 3, "code": 3, "facts": 2, "drill": 0.5},
+    "draft": {"maths": 1, "code": 3, "facts": 2},
+}
+
+
+def config_json(which, vocab_size):
+    return dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, head_dim=SIZES[which]["hidden_size"] //
+                SIZES[which]["num_attention_heads"], max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+                bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16", **SIZES[which])
+
+
+def documents(which, tokenizer, seed):
+    """Endless (ids, number of prompt ids), in the model's habit, each between begin and end tokens."""
+    rng = random.Random(f"{which} {seed}")
+    streams = {task: problems(task, "train", seed=f"{which} {seed}") for task in WEIGHTS[which]}
+    while True:
+        problem = next(streams[rng.choices(list(WEIGHTS[which]), list(WEIGHTS[which].values()))[0]])
+        prompt = len(tokenizer.encode(problem.prompt))  # both break at a space or a line, so this is where the answer begins
+        text = problem.prompt + render(problem.solution, rng, which, MISTAKES[which])
+        yield [tokenizer.bos_id(), *tokenizer.encode(text), tokenizer.eos_id()], prompt + 1
+
+
+def rows(which, tokenizer, seed):
+    """Endless (inputs [SEQ], labels [SEQ]): rows packed with whole documents; prompts and padding carry no label (-100)."""
+    source, pool = documents(which, tokenizer, seed), []
+    while True:
+        inputs, labels = [], []
+        pool += [next(source) for _ in range(64 - len(pool))]
+        pool.sort(key=lambda d: -len(d[0]))
+        while fits := [d for d in pool if len(inputs) + len(d[0]) - 1 <= SEQ]:
+            ids, prompt = fits[0]
+            pool.remove(fits[0])
+            inputs += ids[:-1]
+            labels += [-100] * (prompt - 1) + ids[prompt:]
+        pool = [d for d in pool if len(d[0]) <= SEQ + 1]
+        yield inputs + [0] * (SEQ - len(inputs)), labels + [-100] * (SEQ - len(labels))
+
+
+def logits(model, tokens, rope):
+    """The model without its cache, for training: tokens [B, S] -> logits [B, S, V]."""
+    x = model.embed(tokens)
+    for layer in model.layers:
+        a, (B, S) = layer.attn, tokens.shape
+        q, k, v = a.wqkv(layer.attn_norm(x)).view(B, S, -1, a.head_dim).transpose(1, 2).split([a.n_head, a.n_kv_head, a.n_kv_head], dim=1)
+        y = F.scaled_dot_product_attention(apply_rope(q, *rope), apply_rope(k, *rope), v, is_causal=True, enable_gqa=True)
+        x = x + a.wo(y.transpose(1, 2).reshape(B, S, -1))
+        x = x + layer.ffn(layer.ffn_norm(x))
+    return model.output(model.norm(x))
+
+
+def init(model):
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02 / (2 * len(model.layers)) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02)
+
+
+def train(which, tokenizer, minutes, batch, lr, seed, log=print):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig.from_dict(config_json(which, tokenizer.vocab_size())))
+    init(model)
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    rope = rope_table(model.config, SEQ)
+
+    @torch.compile
+    def loss_of(x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = logits(model, x, rope)
+        return F.cross_entropy(out.flatten(0, 1).float(), y.flatten())
+
+    data, start, step, done, mean = rows(which, tokenizer, seed), None, 0, 0.0, 0.0
+    while done < 1:
+        x, y = torch.tensor([next(data) for _ in range(batch)]).unbind(1)
+        loss = loss_of(x, y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scale = min(1.0, (step + 1) / 100, max(0.0, (1 - done) / 0.5))  # warm up, flat, then linearly to zero
+        for o in optimizers:
+            for group in o.param_groups:
+                group["lr"] = lr * scale
+            o.step()
+            o.zero_grad()
+        start = start or time.time()  # the first step compiles
+        step, done = step + 1, (time.time() - start) / (60 * minutes)
+        mean += loss.item()
+        if step % 50 == 0:
+            log(f"step {step}  {done:.0%}  loss {mean / 50:.4f}  {step * batch * SEQ / (time.time() - start + 1e-9):.0f} tokens/s", flush=True)
+            mean = 0.0
+    return model, step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SIZES, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--batch", type=int, default=32, help=f"rows of {SEQ} tokens")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer / "tokenizer.model"))
+    model, steps = train(args.model, tokenizer, args.minutes, args.batch, args.lr, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with replacing(args.out / "model.safetensors") as tmp:
+        save_file({n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}, tmp)
+    with replacing(args.out / "config.json") as tmp:
+        tmp.write_text(json.dumps(config_json(args.model, tokenizer.vocab_size()), indent=2) + "\n")
+    if args.tokenizer != args.out:
+        shutil.copy(args.tokenizer / "tokenizer.model", args.out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {args.batch * SEQ} tokens -> {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

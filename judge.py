@@ -1,0 +1,121 @@
+"""The judge head, its file, and the acceptance rules: pure functions on the tensors of one verification, no model inside.
+
+A verification reads K drafted tokens d_1..d_K. Row i of the target's logits is what it expected where d_i stands (the
+position *before* d_i); the judge's score of d_i comes from the hidden state at d_i's *own* position, after the target
+has read it. A rule gives a mask [K]; the longest run of True from the front is accepted. Rules that let in more than
+the standard test are used as `standard | rule`.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cli import UserError, replacing
+from model import open_weights
+
+FORMAT = "1"
+RULES = ("standard", "judge", "topk")
+
+
+# ---------------------------------------------------------------- rules
+
+def standard(logits: Tensor, drafted: Tensor) -> Tensor:
+    """Greedy test: the drafted token is the target's likeliest. logits [K, V], drafted [K] -> bool [K]."""
+    return logits.argmax(-1) == drafted
+
+
+def standard_sampled(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Tensor:
+    """Rejection sampling (Leviathan et al., arXiv 2211.17192): accept with probability min(1, p/q).
+
+    p, q [K, V]: the target's and the draft's probabilities; u [K] uniform in [0, 1). With `residual` for the token after
+    the first rejection, the output has exactly the target's distribution.
+    """
+    at = drafted[:, None]
+    return u * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0]
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """The distribution to sample from after a rejection: max(p - q, 0), normalised. p, q [..., V] -> [..., V]."""
+    rest = (p - q).clamp(min=0)
+    mass = rest.sum(-1, keepdim=True)
+    return torch.where(mass > 0, rest / mass, p)  # no mass: p equals q, where the standard test rejects nothing
+
+
+def topk(logits: Tensor, drafted: Tensor, k: int) -> Tensor:
+    """Accept a token among the target's k likeliest (the paper's naive baseline). logits [K, V], drafted [K] -> bool [K]."""
+    return (logits > logits.gather(1, drafted[:, None])).sum(-1) < k
+
+
+def judge(scores: Tensor, threshold: float) -> Tensor:
+    """Accept iff sigmoid(score) > threshold. scores [K] -> bool [K].
+
+    Compared as score > logit(threshold), so that 0 accepts and 1 rejects every finite score, without rounding.
+    """
+    if threshold <= 0 or threshold >= 1:
+        return torch.full_like(scores, threshold <= 0, dtype=torch.bool)
+    return scores > math.log(threshold / (1 - threshold))
+
+
+def accepted(mask: Tensor) -> Tensor:
+    """Length of the run of True from the front: bool [K] -> int64 scalar."""
+    return mask.long().cumprod(0).sum()
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """What is sampled from, float32 [..., V]: temperature > 0, then the top_k likeliest, then the smallest set of mass top_p."""
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = p.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays
+        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), 0)
+        p = p / p.sum(-1, keepdim=True)
+    return p
+
+
+def sample(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """One index per row: p [..., V] -> int64 [...]. An exponential race, which unlike multinomial never synchronises."""
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+
+
+# ---------------------------------------------------------------- the head
+
+@dataclass
+class Judge:
+    """A linear head on the target's last hidden state, and which target it belongs to."""
+    weight: Tensor  # float32 [1, dim]
+    bias: Tensor  # float32 [1]
+    threshold: float
+    target: str  # model.fingerprint of the target's checkpoint
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """hidden [..., dim] -> float32 [...]: the log-odds that the token at this position is correct in context."""
+        return (hidden.to(self.weight.dtype) @ self.weight[0]) + self.bias[0]
+
+    def to(self, device):
+        return Judge(self.weight.to(device), self.bias.to(device), self.threshold, self.target)
+
+    def save(self, path):
+        metadata = {"format": FORMAT, "dim": str(self.weight.shape[1]), "target": self.target, "threshold": repr(self.threshold)}
+        with replacing(path) as tmp:
+            save_file({"weight": self.weight.float().contiguous(), "bias": self.bias.float().contiguous()}, tmp, metadata)
+
+    @classmethod
+    def load(cls, path, dim: int, target: str, target_name: str):
+        """Read a judge file for the target of width `dim` and fingerprint `target`; anything else is refused by name."""
+        with open_weights(path) as f:
+            meta = f.metadata() or {}
+            if meta.get("format") != FORMAT or sorted(f.keys()) != ["bias", "weight"]:
+                raise UserError(f"{path} is not a judge file of format {FORMAT}; make one with train_judge.py")
+            judge = cls(f.get_tensor("weight").float(), f.get_tensor("bias").float(), float(meta["threshold"]), meta["target"])
+        if judge.weight.shape != (1, dim):
+            raise UserError(f"judge {path} is for a target of width {judge.weight.shape[-1]}, but {target_name} has width {dim}; "
+                            "train one for this target with train_judge.py")
+        if judge.target != target:
+            raise UserError(f"judge {path} was trained on target {judge.target}, but {target_name} is {target}; "
+                            "train one for this target with train_judge.py")
+        return judge
