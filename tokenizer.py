@@ -52,6 +52,8 @@ class Tokenizer:
         if _is_ranks(data):
             return TiktokenTokenizer(path.parent, data)
         try:
+            if not data:
+                raise ValueError
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, ValueError):
             raise UserError(f"{path} is neither a SentencePiece model nor tiktoken ranks, or is damaged; fetch it again") from None

@@ -1,0 +1,89 @@
+"""The demo's corpus, its exact checker, its interpreter, and the shipped pair."""
+import os
+import random
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from demo.check import is_right, passes
+from demo.corpus import TASKS, Pick, Problem, Ref, first_error, problems, render
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_rendering_is_right_and_the_checker_knows_it(task):
+    for i, p in enumerate(islice(problems(task, "eval"), 60)):
+        for habit in ("target", "draft"):
+            text = render(p.solution, random.Random(i), habit)
+            assert first_error(p, text) is None and is_right(task, p.prompt, text, p.answer)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_changed_digit_or_word_is_found_where_it_is(task):
+    found = 0
+    for i, p in enumerate(islice(problems(task, "eval"), 60)):
+        text = render(p.solution, random.Random(i), "draft")
+        at = random.Random(i).randrange(len(text))
+        broken = text[:at] + "\u00a7" + text[at + 1:]
+        assert first_error(p, broken)[0] == at
+        slip = render(p.solution, random.Random(i), "draft", mistakes=0.2)
+        if " -- no," in slip:
+            error = first_error(p, slip)
+            found += error is not None and error[0] <= slip.index(" -- no,")
+            assert error is not None
+    assert found > 10
+
+
+def test_checker_by_hand():
+    p = Problem("maths", "", (Pick("so", "then"), " ", Pick("a", "b", name="v"), " = 54 ", Ref("v"), "."), 54)
+    assert first_error(p, "then b = 54 b.") is None and first_error(p, "so a") is None
+    assert first_error(p, "so b = 52 b.") == [8, 9] and first_error(p, "so b = 54 a.") == [10, 11] and first_error(p, "hence a") == [0, 5]
+
+
+def test_splits_are_disjoint_and_habits_differ():
+    for task in TASKS:
+        splits = [{p.prompt for p in islice(problems(task, s), 400)} for s in ("train", "judge", "eval")]
+        assert not splits[0] & splits[1] and not splits[0] & splits[2] and not splits[1] & splits[2]
+    pick = Pick("a", "b", "c", "d", "e")
+    assert pick.order("target")[0] == "a" != pick.order("draft")[0] and set(pick.order("draft")) == set("abcde")
+    drawn = [render(pick, random.Random(i), "target") for i in range(400)]
+    assert drawn.count("a") > drawn.count("b") > drawn.count("d") > 0
+
+
+def test_interpreter():
+    f = "def f(xs):\n    total = 0\n    for x in xs:\n        if x > 2 and not x % 2:\n            total += x * 3\n    return total\n"
+    assert passes(f, [([1, 2, 4, 6], 30), ([], 0)]) and not passes(f, [([4], 13)])
+    assert passes("def f(xs):\n    out = list()\n    for v in xs:\n        if 1 <= v < 4:\n            out.append(pow(v, 2))\n    return out + [0]\n", [([0, 1, 3, 4], [1, 9, 0])])
+
+
+@pytest.mark.parametrize("body", [
+    "    while True:\n        pass", "    import os\n    return 1", "    return __import__('os').system('true')", "    return open('x')",
+    "    for a in xs:\n        for b in xs:\n            for c in xs:\n                xs += [1]\n    return 1", "    x = 9\n    for i in xs:\n        x = x * x\n    return x",
+    "    for i in xs:\n        xs = xs + xs\n    return 1", "    return xs.__class__", "    return (lambda: 1)()", "    return xs[", "    return missing", "    pass",
+    "    return xs * xs", "    return 1 % 0", "    return f(xs)", "    return [1 for x in xs]",
+])
+def test_interpreter_refuses_the_rest(body):
+    assert not passes(f"def f(xs):\n{body}\n", [([1, 2, 3] * 30, 1)])
+
+
+def test_demo_without_arguments():
+    """The shipped pair: the table comes, the judge accepts more than the standard rule and nothing needs a network."""
+    done = subprocess.run([sys.executable, ROOT / "generate.py"], capture_output=True, text=True, cwd="/", env=os.environ | {"NO_COLOR": "1"})
+    assert done.returncode == 0, done.stderr
+    table = {line.split()[0]: line.split() for line in done.stdout.split("held-out problems (")[1].splitlines()[2:]}
+    assert float(table["judge"][3]) > 2 * float(table["standard"][3])
+    right = {rule: int(table[rule][4].split("/")[0]) for rule in ("target", "standard", "judge")}
+    assert right["standard"] == right["target"] >= 10 and right["judge"] >= right["target"] - 1
+
+
+def test_evaluate(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "demo" / "evaluate.py", "--limit", "2", "--rules", "target,standard,topk:3,judge", "--processes", "1"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "standard equals the target token for token on 6 of 6 problems" in done.stdout and "| topk:3 |" in done.stdout
+    bad = subprocess.run([sys.executable, ROOT / "demo" / "evaluate.py", "--rules", "nonsense"], capture_output=True, text=True)
+    assert bad.returncode == 2 and "'nonsense' is not a rule" in bad.stderr
