@@ -239,10 +239,10 @@ def weight_files(checkpoint_dir) -> list[Path]:
     return files
 
 
-def open_weights(path):
-    """safe_open, with a damaged file named in a UserError."""
+def open_weights(path, device="cpu"):
+    """safe_open, memory-mapped, tensors made on `device`; a damaged file is named in a UserError."""
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(path, framework="pt", device=str(device))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as e:
@@ -257,12 +257,12 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16) -> Transformer:
     shapes = {name: p.shape for name, p in model.named_parameters()}
     weights = {}
     for path in files:
-        with open_weights(path) as f:
+        with open_weights(path, device) as f:
             for name in f.keys():
                 if name.startswith("model."):
                     raise UserError(f"{checkpoint_dir} is a Hugging Face checkpoint; convert it first: python "
                                     f"convert_hf_checkpoint.py --checkpoint_dir {checkpoint_dir} --out DIR")
-                weights[name] = f.get_tensor(name).to(device=device, dtype=dtype)
+                weights[name] = f.get_tensor(name).to(dtype)
     for name, shape in shapes.items():
         if name not in weights:
             raise UserError(f"{checkpoint_dir}: weight {name} is missing")

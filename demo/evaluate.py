@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from cli import UserError, replacing, run
+from cli import UserError, check_writable, replacing, run
 from demo.check import is_right
 from demo.corpus import TASKS
 from generate import Engine, generate
@@ -40,14 +40,23 @@ def load_pair():
     return target, draft, head, Tokenizer.from_dir(HOME / "target")
 
 
-def make_engine(rule: str, target, draft, head, speculate_k=16) -> Engine:
-    """The engine of a rule as the command line spells it: target, draft, standard, judge, judge:0.7, topk:3."""
+def parse_rule(rule: str) -> tuple[str, float | None]:
+    """A rule as it is written on the command line: target, draft, standard, judge, judge:0.7, topk:3."""
     name, _, value = rule.partition(":")
+    try:
+        value = float(value) if value else None
+    except ValueError:
+        name = None
+    if name not in ("target", "draft", "standard", "judge", "topk") or (name == "topk") != (value is not None) and name != "judge":
+        raise UserError(f"{rule!r} is not a rule; use target, draft, standard, judge, judge:THRESHOLD or topk:K")
+    return name, value
+
+
+def make_engine(rule: str, target, draft, head, speculate_k=16) -> Engine:
+    name, value = parse_rule(rule)
     if name in ("target", "draft"):
         return Engine({"target": target, "draft": draft}[name])
-    if name not in ("standard", "judge", "topk") or (name == "topk") > bool(value):
-        raise UserError(f"--rules: {rule!r} is not a rule; use target, draft, standard, judge, judge:T or topk:K")
-    return Engine(target, draft, head, name, float(value) if value else None, speculate_k)
+    return Engine(target, draft, head, name, value, speculate_k)
 
 
 def answer_all(job):
@@ -95,6 +104,10 @@ def main():
     parser.add_argument("--json", type=Path, help="every answer, and the table")
     args = parser.parse_args()
     names, problems = args.rules.split(","), read_problems(args.limit)
+    for name in names:
+        parse_rule(name)
+    if args.json:
+        check_writable(args.json)
     jobs = [(problems[i::args.processes], names, args.speculate_k) for i in range(args.processes)]
     with get_context("spawn").Pool(args.processes) as pool:
         rows = sum(pool.map(answer_all, jobs), [])

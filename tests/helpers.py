@@ -1,5 +1,6 @@
 """Small random models and checkpoints for the tests."""
 import json
+import random
 from pathlib import Path
 
 import torch
@@ -50,3 +51,11 @@ def hf_to_ours(state: dict, n_layer: int) -> dict:
         ours[mine + "attn_norm.weight"] = state[theirs + "input_layernorm.weight"]
         ours[mine + "ffn_norm.weight"] = state[theirs + "post_attention_layernorm.weight"]
     return ours
+
+
+def strings(count, seed=0):
+    """Words, digits, spaces, signs, several scripts, emoji, code: mixed at random."""
+    rng = random.Random(seed)
+    parts = ["the", " cat", " Hello", "12345", " 7", "\n", "\n\n", "   ", "\t", " don't", "I'LL", "été", "e\u0301", "日本語", " привет", "مرحبا", "👩‍👩‍👧", "🎉",
+             "def f(x):", " ==", "!!!", "<|eot_id|>", "#", "_", "x" * 9, "\u00a0", "ﬁ", " a", "Z", "."]
+    return ["".join(rng.choice(parts) for _ in range(rng.randrange(1, 12))) for _ in range(count)]

@@ -8,7 +8,7 @@ import sentencepiece
 import transformers
 
 from cli import UserError
-from test_convert import strings
+from helpers import strings
 from tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL, Stream, Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
