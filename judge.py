@@ -5,11 +5,12 @@ position *before* d_i); the judge's score of d_i comes from the hidden state at 
 has read it. A rule gives a mask [K]; the longest run of True from the front is accepted. Rules that let in more than
 the standard test are used as `standard | rule`.
 """
+import json
 import math
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cli import UserError, replacing
@@ -101,8 +102,11 @@ class Judge:
 
     def save(self, path):
         metadata = {"format": FORMAT, "dim": str(self.weight.shape[1]), "target": self.target, "threshold": repr(self.threshold)}
+        data = save({"weight": self.weight.float().contiguous(), "bias": self.bias.float().contiguous()}, metadata)
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))  # else its order is random, and so are the bytes
         with replacing(path) as tmp:
-            save_file({"weight": self.weight.float().contiguous(), "bias": self.bias.float().contiguous()}, tmp, metadata)
+            tmp.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
 
     @classmethod
     def load(cls, path, dim: int, target: str, target_name: str):

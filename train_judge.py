@@ -112,7 +112,7 @@ def fit(x: Tensor, y: Tensor, x_val: Tensor, y_val: Tensor, negative_weight: flo
     loss_of = lambda a, b: F.binary_cross_entropy_with_logits(head(a)[:, 0], b.float(), weigh(b), reduction="sum") / weigh(b).sum()
     best, kept, since = float("inf"), None, 0
     for epoch in range(1, epochs + 1):
-        for batch in torch.randperm(len(x), generator=generator).split(4096):
+        for batch in torch.randperm(len(x), generator=generator).split(1024):
             optimizer.zero_grad()
             loss_of(x[batch], y[batch]).backward()
             optimizer.step()

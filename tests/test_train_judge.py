@@ -88,12 +88,12 @@ def test_fit_finds_a_planted_direction_and_scales_back():
     z = torch.randn(6000, 16)
     y = (z @ direction > -3).long()  # few negatives
     x = z * scale + shift
-    weight, bias, _, _ = fit(x[:4000], y[:4000], x[4000:], y[4000:], None, 1e-2, 0.01, 100, seed=0)
+    weight, bias, _, _ = fit(x[:4000], y[:4000], x[4000:], y[4000:], None, 1e-2, 0.01, 200, seed=0)
     scores = x[4000:] @ weight[0] + bias
     assert 0.005 < (y == 0).float().mean() < 0.3 and auc(scores, y[4000:]) > 0.995
-    again = fit(x[:4000], y[:4000], x[4000:], y[4000:], None, 1e-2, 0.01, 100, seed=0)
+    again = fit(x[:4000], y[:4000], x[4000:], y[4000:], None, 1e-2, 0.01, 200, seed=0)
     assert torch.equal(weight, again[0]) and torch.equal(bias, again[1])
-    heavy = fit(x[:4000], y[:4000], x[4000:], y[4000:], 1000.0, 1e-2, 0.01, 100, seed=0)
+    heavy = fit(x[:4000], y[:4000], x[4000:], y[4000:], 1000.0, 1e-2, 0.01, 200, seed=0)
     lets_in = lambda w, b: int(((x[4000:] @ w[0] + b)[y[4000:] == 0] > 0).sum())
     assert lets_in(*heavy[:2]) <= lets_in(weight, bias)
 
