@@ -1,5 +1,6 @@
 """convert_hf_checkpoint.py: the same logits and the same ids after conversion, in little memory, or one clear line."""
 import json
+import os
 import random
 import shutil
 import signal
@@ -323,7 +324,7 @@ def test_what_is_copied_and_the_default_dtype(source, tmp_path, monkeypatch, pla
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A checkpoint of 32 layers, 302 MB in bfloat16; k lies apart from q and v, and gate from up."""
+    """A checkpoint of 32 layers, 379 MB in bfloat16; k lies apart from q and v, and gate from up."""
     path = tmp_path_factory.mktemp("large") / "hf"
     path.mkdir()
     dim, ffn, where = 768, 1536, {}
@@ -374,11 +375,13 @@ print(peak - start)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_model(large, tmp_path):
     """The pages of mapped input files are the system's to take back; what counts is the memory that nothing else holds."""
-    done = subprocess.run([sys.executable, "-c", PEAK, large, tmp_path, "float32"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # glibc otherwise keeps up to 32 MB of freed tensors at hand, more or less by chance, whatever the model's size.
+    glibc = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAK, large, tmp_path, "float32"], cwd=ROOT, env=os.environ | glibc, capture_output=True, text=True, check=True)
     size = sum(f.stat().st_size for f in large.glob("*.safetensors"))
     peak = int(done.stdout)
     shutil.rmtree(tmp_path)
-    assert size > 3e8 and peak < 2e7, (size, peak)  # less than one output shard; the largest part is 4.7 MB in float32
+    assert size > 3e8 and peak < 1.5e7, (size, peak)  # the largest part is 4.7 MB in float32, a shard 40 MB
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
