@@ -74,7 +74,7 @@ def features(target: Transformer, tokenizer: Tokenizer, examples: list[dict], ch
         encoded.append((prompt, answer, label_tokens(offsets, e["error"])))
     longest = max(len(p) + len(a) for p, a, _ in encoded)
     cache = target.new_cache(longest)
-    for number, (prompt, answer, answer_labels) in enumerate(tqdm(encoded, desc="target reads the answers", unit="answer")):
+    for number, (prompt, answer, answer_labels) in enumerate(tqdm(encoded, desc="target reads the answers", unit="answer", disable=None)):
         ids = torch.tensor([prompt + answer[:len(answer_labels)]], device=device)
         states = target.features(ids, torch.arange(ids.shape[1], device=device), ids.shape[1], cache)
         hidden.append(states[0, len(prompt):].float().cpu())

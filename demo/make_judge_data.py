@@ -35,7 +35,7 @@ def answers(job):
     engines = [(source, t, Engine(models[source], temperature=t, seed=share)) for source, t in PLAN]
     lines = []
     for task in TASKS:
-        for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task, disable=share > 0):
+        for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task, disable=True if share else None):
             prompt = tokenizer.encode(problem.prompt)
             for source, temperature, engine in engines:
                 r = generate(engine, prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
