@@ -92,7 +92,7 @@ def test_caches_hold_what_a_fresh_prefill_would(draft, accept):
     engine = Engine(target, small, judge_head, "standard" if accept == "standard" else "judge", speculate_k=5)
     with torch.inference_mode():
         engine.prefill(tokens(9), 100)
-        for k in (5, 5, 3, 5, 1, 5, 0, 5, 5):
+        for k in (5, 5, 3, 5, 1, 5, 5, 5, 0):  # nothing is drafted in the last round only
             a, new, _ = engine.round(k)
             assert len(new) == a + 1 and engine.target_len == len(engine.tokens) - 1
             for model, length in ((target, engine.target_len), (small, engine.draft_len)):
