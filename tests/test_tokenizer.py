@@ -69,10 +69,11 @@ def test_real_llama2_ids_equal_transformers():
     assert ours.encode("Hello world") == [1, 15043, 3186] and ours.vocab_size == 32000  # as published
     raw = sentencepiece.SentencePieceProcessor(model_file=str(SHARED / "llama-2" / "tokenizer.model"))
     assert all(ours.encode(s, bos=False) == raw.encode(s) for s in strings(3000))
-    # transformers 5 adds no space of its own where a text begins with one, unlike the reference; elsewhere the two agree
+    # transformers 5 adds no space of its own where a text begins with one and cuts runs of spaces otherwise than the
+    # reference does; everywhere else the two agree
     theirs = transformers.LlamaTokenizer.from_pretrained(SHARED / "llama-2")
-    plain = [s for s in strings(5000) if not s.startswith(" ")]
-    assert len(plain) > 2000 and all(ours.encode(s, bos=False) == theirs.encode(s, add_special_tokens=False) for s in plain)
+    plain = [s for s in strings(5000) if not s.startswith(" ") and "  " not in s]
+    assert len(plain) > 1500 and all(ours.encode(s, bos=False) == theirs.encode(s, add_special_tokens=False) for s in plain)
 
 
 def test_round_trip_offsets_and_stream(homes):
