@@ -21,7 +21,8 @@ class Pick:
 
     def __init__(self, *options, wrong=(), name=None):
         self.options, self.wrong, self.name = options, wrong, name
-        self.shift = 1 + zlib.crc32(repr(options[0]).encode()) % max(1, len(options) - 1)
+        site = re.sub(r"\d+", "0", repr(options[0]))  # the same habit whatever the numbers are
+        self.shift = 1 + zlib.crc32(site.encode()) % max(1, min(3, len(options) - 1))
 
     def order(self, habit):
         """The options from the most to the least liked: the draft's favourite is one of the target's less liked ones."""
@@ -189,10 +190,10 @@ def drill(rng):
 def _limits(k, x):
     """Conditions on x with a constant: (docstring phrase, the ways to write it, the test itself)."""
     return [
-        ("at least {}", (f"{x} >= {k}", f"{k} <= {x}", f"{x} > {k - 1}", f"not {x} < {k}", f"{k - 1} < {x}"), lambda v: v >= k),
-        ("more than {}", (f"{x} > {k}", f"{k} < {x}", f"{x} >= {k + 1}", f"not {x} <= {k}", f"{k + 1} <= {x}"), lambda v: v > k),
-        ("at most {}", (f"{x} <= {k}", f"{k} >= {x}", f"{x} < {k + 1}", f"not {x} > {k}", f"{k + 1} > {x}"), lambda v: v <= k),
-        ("less than {}", (f"{x} < {k}", f"{k} > {x}", f"{x} <= {k - 1}", f"not {x} >= {k}", f"{k - 1} >= {x}"), lambda v: v < k),
+        ("at least {}", (f"{x} >= {k}", f"{k} <= {x}", f"{x} > {k - 1}", f"not {x} < {k}"), lambda v: v >= k),
+        ("more than {}", (f"{x} > {k}", f"{k} < {x}", f"{x} >= {k + 1}", f"not {x} <= {k}"), lambda v: v > k),
+        ("at most {}", (f"{x} <= {k}", f"{k} >= {x}", f"{x} < {k + 1}", f"not {x} > {k}"), lambda v: v <= k),
+        ("less than {}", (f"{x} < {k}", f"{k} > {x}", f"{x} <= {k - 1}", f"not {x} >= {k}"), lambda v: v < k),
         ("not {}", (f"{x} != {k}", f"{k} != {x}", f"not {x} == {k}"), lambda v: v != k),
     ]
 
@@ -315,7 +316,7 @@ def facts(rng):
     for i, town in enumerate(options):
         fits, fails = (", which fits", "; it matches", " and is right", ": that agrees"), (", which fails", "; it differs", " and is wrong", ": no match")
         clauses += [" ", word("ABCD"[i], "ABCD"), ": ", word(town, options), ",", aside_words, " ", word(WORLD[town][aside], aside_values), ",",
-                    Pick(*ways), " ", word(WORLD[town][key], values),
+                    Pick(*ways), " ", word(WORLD[town][key], values), " (asked: ", word(value, values), ")",
                     Pick(*fits, wrong=fails) if town == right else Pick(*fails, wrong=fits), "."]
     close = (Pick(" So", " Hence", " Thus", " Therefore", " In the end"), " ", Pick("the town is", "it must be", "we choose", "the choice is", "this leaves"), " ",
              word(right, options), ".\n#### ", word(letter, "ABCD"), "\n")

@@ -28,7 +28,7 @@ def texts(per_task=4000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory that gets tokenizer.model")
-    parser.add_argument("--vocab_size", type=int, default=1024)
+    parser.add_argument("--vocab_size", type=int, default=1280)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(

@@ -90,7 +90,19 @@ def init(model):
             torch.nn.init.normal_(p, std=0.02 / (2 * len(model.layers)) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02)
 
 
-def train(which, tokenizer, minutes, batch, lr, seed, start_from=None):
+def save(model, config, out: Path, tokenizer_dir: Path):
+    """Write the model as an ordinary checkpoint directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "model.safetensors") as tmp:
+        save_file({n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}, tmp)
+    with replacing(out / "config.json") as tmp:
+        tmp.write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer_dir.resolve() != out.resolve():
+        shutil.copy(tokenizer_dir / "tokenizer.model", out)
+
+
+def train(which, tokenizer, minutes, batch, lr, seed, start_from=None, keep=lambda model: None):
+    """Train for `minutes`; `keep(model)` is called now and then. Returns the model and the number of steps."""
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(config_json(which, tokenizer.vocab_size())))
     init(model)
@@ -126,6 +138,8 @@ def train(which, tokenizer, minutes, batch, lr, seed, start_from=None):
         if step % 50 == 0:
             print(f"step {step}  {done:.0%}  loss {mean / 50:.4f}  {step * batch * SEQ / (time.time() - start + 1e-9):.0f} tokens/s", flush=True)
             mean = 0.0
+        if step % 300 == 0:
+            keep(model)  # an interrupted run is not lost: --start_from
     return model, step
 
 
@@ -142,14 +156,9 @@ def main():
     args = parser.parse_args()
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer / "tokenizer.model"))
-    model, steps = train(args.model, tokenizer, args.minutes, args.batch, args.lr, args.seed, args.start_from)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / "model.safetensors") as tmp:
-        save_file({n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}, tmp)
-    with replacing(args.out / "config.json") as tmp:
-        tmp.write_text(json.dumps(config_json(args.model, tokenizer.vocab_size()), indent=2) + "\n")
-    if args.tokenizer != args.out:
-        shutil.copy(args.tokenizer / "tokenizer.model", args.out)
+    keep = lambda model: save(model, config_json(args.model, tokenizer.vocab_size()), args.out, args.tokenizer)
+    model, steps = train(args.model, tokenizer, args.minutes, args.batch, args.lr, args.seed, args.start_from, keep)
+    keep(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {args.batch * SEQ} tokens -> {args.out}")
 
 
