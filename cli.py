@@ -2,6 +2,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -12,13 +13,24 @@ class UserError(Exception):
 
 def run(main):
     """Call `main()`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    interrupted = False
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background shell has its children ignore it
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
-    except UserError as e:
+    except BaseException as e:
+        if interrupted:  # whatever came of it: torch's C++ sometimes makes another error of a KeyboardInterrupt
+            sys.exit(130)
+        if not isinstance(e, UserError):
+            raise
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def check_writable(path):

@@ -52,11 +52,12 @@ def parse_rule(rule: str) -> tuple[str, float | None]:
     return name, value
 
 
-def make_engine(rule: str, target, draft, head, speculate_k=16) -> Engine:
+def make_engine(rule: str, target, draft, head=None, **settings) -> Engine:
+    """The engine of a rule; `settings` are Engine's own (speculate_k, temperature, seed, ...)."""
     name, value = parse_rule(rule)
     if name in ("target", "draft"):
-        return Engine({"target": target, "draft": draft}[name])
-    return Engine(target, draft, head, name, value, speculate_k)
+        return Engine({"target": target, "draft": draft}[name], **settings)
+    return Engine(target, draft, head, name, value, **settings)
 
 
 def answer_all(job):
@@ -64,7 +65,7 @@ def answer_all(job):
     problems, names, speculate_k = job
     torch.set_num_threads(1)
     target, draft, head, tokenizer = load_pair()
-    engines = {rule: make_engine(rule, target, draft, head, speculate_k) for rule in names}
+    engines = {rule: make_engine(rule, target, draft, head, speculate_k=speculate_k) for rule in names}
     rows = []
     for i, p in enumerate(problems):
         prompt = tokenizer.encode(p["prompt"])

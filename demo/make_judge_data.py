@@ -2,7 +2,9 @@
 
     python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out judge_data.jsonl
 
-Prompts come from the judge split. The draft answers greedily and twice sampled, the target greedily.
+Prompts come from the judge split. The draft answers greedily and twice sampled, the target greedily, and both together
+with drafted tokens accepted among the target's 3 and 8 likeliest: such a mixture, and the errors that the target does
+not find unlikely, is what the judge will meet.
 """
 import argparse
 import json
@@ -18,12 +20,12 @@ from tqdm import tqdm
 
 from cli import replacing, run
 from demo.corpus import TASKS, first_error, problems
-from generate import Engine, generate
+from demo.evaluate import MAX_NEW_TOKENS, make_engine
+from generate import generate
 from model import load
 from tokenizer import Tokenizer
 
-PLAN = (("target", 0.0), ("draft", 0.0), ("draft", 0.7), ("draft", 1.0))  # (source, temperature) of each prompt's answers
-MAX_NEW_TOKENS = 220
+PLAN = (("target", 0.0), ("draft", 0.0), ("draft", 0.7), ("draft", 1.0), ("topk:3", 0.0), ("topk:8", 0.0))  # (rule, temperature) of a prompt's answers
 
 
 def answers(job):
@@ -31,19 +33,19 @@ def answers(job):
     target_dir, draft_dir, per_task, share, of = job
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_dir(target_dir)
-    models = {"target": load(target_dir, dtype=torch.float32), "draft": load(draft_dir, dtype=torch.float32)}
-    engines = [(source, t, Engine(models[source], temperature=t, seed=share)) for source, t in PLAN]
+    target, draft = load(target_dir, dtype=torch.float32), load(draft_dir, dtype=torch.float32)
+    engines = [(rule, t, make_engine(rule, target, draft, temperature=t, seed=share)) for rule, t in PLAN]
     lines = []
     for task in TASKS:
         for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task, disable=True if share else None):
             prompt = tokenizer.encode(problem.prompt)
-            for source, temperature, engine in engines:
+            for rule, temperature, engine in engines:
                 r = generate(engine, prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
                 if r.tokens[-1] not in tokenizer.eos_ids:
                     continue
                 answer = tokenizer.decode_new(prompt, r.tokens)
                 error = first_error(problem, answer)
-                lines.append({"prompt": problem.prompt, "answer": answer, "error": error, "domain": task, "source_model": source,
+                lines.append({"prompt": problem.prompt, "answer": answer, "error": error, "domain": task, "source_model": rule,
                               "temperature": temperature})
     return lines
 

@@ -397,3 +397,19 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(large, tmp_path, 
     assert "out" not in left and "config.json" not in left
     assert how == signal.SIGKILL or not left
     shutil.rmtree(tmp_path)
+
+
+def test_an_interrupt_that_torch_makes_another_error_of_is_still_an_interrupt():
+    """As torch does when Ctrl-C comes while it makes a tensor of a file's bytes: "could not determine the shape"."""
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stop.value.code == 130
