@@ -21,13 +21,18 @@ class Pick:
 
     def __init__(self, *options, wrong=(), name=None):
         self.options, self.wrong, self.name = options, wrong, name
-        site = re.sub(r"\d+", "0", repr(options[0]))  # the same habit whatever the numbers are
+        site = re.sub(r"\d+", "0", _first(options[0]))  # the same habit whatever the numbers are
         self.shift = 1 + zlib.crc32(site.encode()) % max(1, min(3, len(options) - 1))
 
     def order(self, habit):
         """The options from the most to the least liked: the draft's favourite is one of the target's less liked ones."""
         shift = self.shift if habit == "draft" else 0
         return self.options[shift:] + self.options[:shift]
+
+
+def _first(node) -> str:
+    """The first option's text all the way down: what tells one place in a solution from another."""
+    return node if isinstance(node, str) else _first(node.options[0]) if isinstance(node, Pick) else "".join(map(_first, node))
 
 
 class Ref(str):
@@ -305,17 +310,17 @@ WORLD = {town: {key: _world.choice(values) for key, (values, *_) in ATTRIBUTES.i
 def facts(rng):
     key = rng.choice(sorted(ATTRIBUTES))
     values, question, ways, _ = ATTRIBUTES[key]
-    aside = rng.choice(sorted(set(ATTRIBUTES) - {key}))  # every town is introduced by another of its facts
-    aside_values, _, _, aside_words = ATTRIBUTES[aside]
+    others = sorted(set(ATTRIBUTES) - {key})
     right = rng.choice(TOWNS)
     value = WORLD[right][key]
     options = rng.sample([t for t in TOWNS if WORLD[t][key] != value], 3) + [right]
     rng.shuffle(options)
     letter = "ABCD"[options.index(right)]
     clauses = []
+    aside = lambda town: Pick(*((ATTRIBUTES[a][3], " ", word(WORLD[town][a], ATTRIBUTES[a][0])) for a in others))  # another of its facts
     for i, town in enumerate(options):
         fits, fails = (", which fits", "; it matches", " and is right", ": that agrees"), (", which fails", "; it differs", " and is wrong", ": no match")
-        clauses += [" ", word("ABCD"[i], "ABCD"), ": ", word(town, options), ",", aside_words, " ", word(WORLD[town][aside], aside_values), ",",
+        clauses += [" ", word("ABCD"[i], "ABCD"), ": ", word(town, options), ",", aside(town), ",",
                     Pick(*ways), " ", word(WORLD[town][key], values), " (asked: ", word(value, values), ")",
                     Pick(*fits, wrong=fails) if town == right else Pick(*fails, wrong=fits), "."]
     close = (Pick(" So", " Hence", " Thus", " Therefore", " In the end"), " ", Pick("the town is", "it must be", "we choose", "the choice is", "this leaves"), " ",

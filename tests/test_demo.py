@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from demo.check import is_right, passes
-from demo.corpus import TASKS, Pick, Problem, Ref, first_error, problems, render
+from demo.corpus import TASKS, WORLD, Pick, Problem, Ref, first_error, problems, render
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +42,21 @@ def test_checker_by_hand():
     p = Problem("maths", "", (Pick("so", "then"), " ", Pick("a", "b", name="v"), " = 54 ", Ref("v"), "."), 54)
     assert first_error(p, "then b = 54 b.") is None and first_error(p, "so a") is None
     assert first_error(p, "so b = 52 b.") == [8, 9] and first_error(p, "so b = 54 a.") == [10, 11] and first_error(p, "hence a") == [0, 5]
+
+
+def test_a_town_may_be_introduced_by_any_of_its_other_facts():
+    """The prompt does not say which, so the checker must take each, or right answers would teach the judge to say no."""
+    for p in islice(problems("facts", "eval"), 20):
+        town = p.prompt.split("A) ")[1].split("\n")[0]
+        texts = [render(p.solution, random.Random(i), "draft") for i in range(40)]
+        asides = {t.split(",")[1].split()[-1] for t in texts}
+        assert len(asides) == 3 and asides < set(WORLD[town].values()) and all(first_error(p, t) is None for t in texts)
+
+
+def test_a_habit_does_not_depend_on_the_run():
+    order = "from demo.corpus import Pick; print(Pick((Pick('a', 'b'), 'x'), ('b', 'x'), 'c', 'd').order('draft')[0])"
+    runs = {subprocess.run([sys.executable, "-c", order], capture_output=True, text=True, cwd=ROOT).stdout for _ in range(6)}
+    assert len(runs) == 1 and "object at" not in runs.pop()
 
 
 def test_splits_are_disjoint_and_habits_differ():
