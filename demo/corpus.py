@@ -329,7 +329,19 @@ def facts(rng):
     return Problem("facts", f"Question: {question.format(value)}\n{lines}\nAnswer:", (*clauses, close), letter)
 
 
-MAKERS = {"maths": maths, "code": code, "facts": facts, "drill": drill}
+def lookups(rng):
+    """Bare lookups for training, as `drill` is bare sums: the step of `facts` that a small model learns last, many to a document."""
+    names, things = rng.sample(NAMES, 4), rng.sample(ITEMS, 4)
+    rows = list(zip("ABCD", names, things))
+    parts = [part for letter, name, thing in rows for part in (f" {name}, with {thing} (", letter, ")", Pick(".", ";", ",", " --"))]
+    for letter, name, thing in (rng.choice(rows) for _ in range(6)):
+        parts += [f" Asked: {thing}.", Pick(" So", " Hence", " Thus", " Therefore", " In the end"), " ", Pick("for", "with", "given", "asked for"), " ",
+                  word(thing, things), " (", word(letter, "ABCD"), ") ",
+                  Pick("the town is", "it must be", "we choose", "the choice is", "this leaves"), " ", word(name, names), "."]
+    return Problem("lookups", "Lookups:", tuple(parts), None)
+
+
+MAKERS = {"maths": maths, "code": code, "facts": facts, "drill": drill, "lookups": lookups}
 
 
 def problems(task, split, seed=0):

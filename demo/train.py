@@ -35,8 +35,8 @@ SIZES = {
 }
 MISTAKES = {"target": 0.025, "draft": 0.0}  # share of the words that could be got wrong and are, to be taken back
 WEIGHTS = {  # documents of each task; the draft has read less maths, and no sums
-    "target": {"maths": 3, "code": 1.5, "facts": 3, "drill": 0.5},
-    "draft": {"maths": 2, "code": 3, "facts": 1},
+    "target": {"maths": 3, "code": 1.5, "facts": 3, "drill": 0.5, "lookups": 0.5},
+    "draft": {"maths": 3, "code": 2.5, "facts": 2},
 }
 
 
