@@ -5,6 +5,7 @@ verifies them in one target pass that returns logits and the judge's scores toge
 adds one token of the target's own. The host waits for the device once a round: to read what came out.
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -23,7 +24,13 @@ from model import DTYPES, Cache, ModelConfig, Transformer, fingerprint, load
 from tokenizer import Stream, Tokenizer
 
 PREFILL_CHUNK = 1024  # prompt tokens read in one pass; bounds the memory of the attention mask
+UNROLL = 64  # draft steps times draft layers up to which a draft is compiled as one graph
 COLORS = {"draft": "\033[32m", "target": "\033[33m", "judge": "\033[1;36m", "topk": "\033[1;36m"}
+
+
+def power_of_two(length: int) -> int:
+    """The smallest power of two, from 64, that is at least `length`."""
+    return max(64, 1 << (length - 1).bit_length())
 
 
 @dataclass
@@ -46,13 +53,94 @@ class Result:
         return {k: v for k, v in asdict(self).items() if self.accept != "target" or k not in speculation}
 
 
-def verify(target: Transformer, head: Judge | None, tokens: Tensor, pos: Tensor, span: int, cache: Cache) -> tuple[Tensor, Tensor | None]:
-    """One target pass over the last token and k drafted ones, tokens [1, k + 1]: logits [k + 1, V] and the drafts' scores [k].
+@dataclass(frozen=True)
+class Settings:
+    """What a round depends on beside tensors; a compiled round is compiled for these values."""
+    accept: str
+    threshold: float | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+
+def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The next token of logits [..., V] and, when sampling, the probabilities it was drawn from; noise as `judge.sample` takes it."""
+    if s.temperature == 0:
+        return logits.argmax(-1), None
+    p = rules.probabilities(logits, s.temperature, s.top_k, s.top_p)
+    return rules.sample(p, noise), p
+
+
+def draft_step(draft: Transformer, tokens: Tensor, pos: Tensor, cache: Cache, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """One pass of the draft over tokens [S] at pos [S]: the token after them [1] and, when sampling, its distribution [1, V]."""
+    logits, _ = draft(tokens[None], pos, cache)
+    return choose(logits[0, -1:], s, noise)
+
+
+def draft_tokens(step, draft: Transformer, state: Tensor, k: int, cache: Cache, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """k drafted tokens [k] and, when sampling, their distributions [k, V]; noise [k, V]. `step` is `draft_step`, compiled or not.
+
+    The first step reads the last two tokens: after a round in which all was accepted the draft has not read the last but
+    one, after any other it reads it again, so every outcome leaves the same work and no branch.
+    """
+    tokens, pos = state[:2], state[2] + torch.arange(-2, 0, device=state.device)
+    drafted, distributions = [], []
+    for i in range(k):
+        tokens, q = step(draft, tokens, pos, cache, s, None if noise is None else noise[i:i + 1])
+        pos = pos[-1:] + 1
+        drafted.append(tokens)
+        distributions.append(q)
+    return torch.cat(drafted), None if noise is None else torch.cat(distributions)
+
+
+def verify(target: Transformer, head: Judge | None, tokens: Tensor, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor | None]:
+    """One target pass over the last token and k drafted ones, tokens [k + 1]: logits [k + 1, V] and the drafts' scores [k].
 
     The judge is part of this pass: a dot product with the hidden states that the LM head reads anyway.
     """
-    logits, hidden = target(tokens, pos, span, cache)
+    logits, hidden = target(tokens[None], pos, cache)
     return logits[0], None if head is None else head.scores(hidden[0, 1:])
+
+
+def accept_tokens(logits: Tensor, scores: Tensor | None, drafted: Tensor, q: Tensor | None, left: Tensor, s: Settings, noise: Tensor | None,
+                  uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """How many of the k drafted tokens to keep [1], at most left [1]; the target's token after them [1]; which passed the standard test [k].
+
+    logits [k + 1, V], scores [k], q [k, V]; noise [1, V] and uniform [k] when sampling.
+    """
+    rows = logits[:-1]
+    if s.temperature == 0:
+        passed = rules.standard(rows, drafted)
+    else:
+        p = rules.probabilities(logits, s.temperature, s.top_k, s.top_p)
+        passed = rules.standard_sampled(p[:-1], q, drafted, uniform)
+    mask = passed
+    if s.accept == "judge":
+        mask = passed | rules.judge(scores, s.threshold)
+    elif s.accept == "topk":
+        mask = passed | rules.topk(rows, drafted, int(s.threshold))
+    a = torch.minimum(rules.accepted(mask)[None], left)
+    if s.temperature == 0:
+        return a, logits.index_select(0, a).argmax(-1), passed
+    # Nothing was tested after the last kept token when all that may be kept was: then the residual is p itself.
+    q = torch.cat((q, torch.zeros_like(p[:1]))).index_select(0, a) * (a < left)[:, None]
+    return a, rules.sample(rules.residual(p.index_select(0, a), q), noise), passed
+
+
+def verify_and_accept(target: Transformer, head: Judge | None, state: Tensor, drafted: Tensor, q: Tensor | None, cache: Cache, s: Settings,
+                      noise: Tensor | None, uniform: Tensor | None) -> Tensor:
+    """The target's half of a round, int64 [2k + 6]: number accepted, the target's token, drafted [k], passed [k], and the new state [4].
+
+    A state is the last two tokens, how many there are, and how many drafted tokens the next round may keep.
+    """
+    k, (last, n, left) = len(drafted), state[1:].split(1)
+    tokens = torch.cat((last, drafted))
+    logits, scores = verify(target, head, tokens, n - 1 + torch.arange(k + 1, device=n.device), cache)
+    if k == 0:
+        a, (own, _), passed = torch.zeros_like(n), choose(logits, s, noise), drafted
+    else:
+        a, own, passed = accept_tokens(logits, scores, drafted, q, left, s, noise, uniform)
+    return torch.cat((a, own, drafted, passed.long(), tokens.index_select(0, a), own, n + a + 1, left - a - 1))
 
 
 class Engine:
@@ -63,35 +151,41 @@ class Engine:
         self.target, self.draft, self.accept = target, draft, accept if draft else "target"
         self.device = target.norm.weight.device
         self.head = head.to(self.device) if accept == "judge" and draft else None
-        self.threshold = head.threshold if threshold is None and self.head else threshold
+        threshold = head.threshold if threshold is None and self.head else threshold
+        self.settings = Settings(self.accept, threshold, temperature, top_k, top_p)
         self.speculate_k = speculate_k if draft else 0
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.context = min(m.config.max_seq_len for m in (target, draft) if m)
         self.caches: dict[Transformer, Cache] = {}
         self.tokens, self.target_len, self.draft_len, self.capacity = [], 0, 0, 0
+        self.state = torch.zeros(4, dtype=torch.long, device=self.device)  # what a round needs of `tokens`, kept on the device
+        self.draft_step, self.draft_tokens, self.verify_and_accept = draft_step, draft_tokens, verify_and_accept
+        self.graphs: dict[int, tuple] | None = None  # span -> a recorded round; None where rounds are not recorded
 
     def reserve(self, length: int):
-        """Room for `length` positions in both caches; what is in them stays. The size is a power of two, up to the context."""
+        """Room for `length` tokens in both caches and for a round's drafts after them; what is in them stays."""
+        length += self.speculate_k
         if length <= self.capacity:
             return
-        filled, self.capacity = self.capacity, min(self.context, 1 << (length - 1).bit_length())
+        filled, self.capacity = self.capacity, min(self.context + self.speculate_k, power_of_two(length))
         for model in filter(None, (self.target, self.draft)):
             cache = model.new_cache(self.capacity)
-            if filled:
-                cache.kv[..., :filled, :] = self.caches[model].kv
+            for new, old in zip(cache.kv, self.caches[model].kv if filled else ()):
+                new[:filled] = old
             self.caches[model] = cache
+        if self.graphs:
+            self.graphs.clear()  # they point into the old caches
 
     def span(self, length: int) -> int:
-        """How much of the cache a pass that ends at `length` looks at: the next multiple of 64, so that few shapes occur."""
-        return min(self.capacity, -(-length // 64) * 64)
+        """How much of the cache a pass that ends at `length` looks at: a power of two, so that few shapes occur."""
+        return min(self.capacity, power_of_two(length))
 
     def read(self, model: Transformer, start: int) -> Tensor:
         """Feed tokens[start:] to a model, chunk by chunk; the hidden state at the last of them, [1, 1, D]."""
         for i in range(start, len(self.tokens), PREFILL_CHUNK):
             ids = torch.tensor([self.tokens[i:i + PREFILL_CHUNK]], device=self.device)
             end = i + ids.shape[1]
-            hidden = model.features(ids, torch.arange(i, end, device=self.device), self.span(end), self.caches[model])
+            hidden = model.features(ids, torch.arange(i, end, device=self.device), self.caches[model].first(self.span(end)))
         return hidden[:, -1:]
 
     def prefill(self, prompt: list[int], room: int) -> int:
@@ -103,65 +197,91 @@ class Engine:
         if self.draft and min(kept, self.draft_len) < len(prompt):
             self.read(self.draft, min(kept, self.draft_len))
         self.target_len = self.draft_len = len(prompt)
-        first = int(self.pick(self.target.output(hidden)[0, 0])[0])
-        self.tokens.append(first)
-        return first
+        logits = self.target.output(hidden)[0]
+        self.tokens.append(int(choose(logits, self.settings, self.noise(1, logits.shape[-1]))[0]))
+        self.set_state(room - 2)
+        return self.tokens[-1]
 
-    def pick(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The next token of logits [..., V] and, when sampling, the probabilities it was drawn from."""
-        if self.temperature == 0:
-            return logits.argmax(-1), None
-        p = rules.probabilities(logits, self.temperature, self.top_k, self.top_p)
-        return rules.sample(p, self.rng), p
+    def set_state(self, left: int):
+        """Tell the device of `tokens`, and that the next round may keep `left` drafted ones."""
+        self.state.copy_(torch.tensor([*self.tokens[-2:], len(self.tokens), left]))
 
-    def draft_tokens(self, k: int) -> tuple[Tensor, Tensor | None]:
-        """k >= 1 drafted tokens [k] and, when sampling, their distributions [k, V].
+    def noise(self, rows: int, columns: int) -> Tensor | None:
+        """What `judge.sample` draws with, float32 [rows, columns]; drawn outside of what is compiled, so that both draw the same."""
+        return torch.empty(rows, columns, device=self.device).exponential_(generator=self.rng) if self.settings.temperature else None
 
-        The first pass reads the last two tokens: after a round in which all was accepted the draft has not read the last
-        but one, after any other it reads it again, so every outcome leaves the same work and no branch.
+    def compile(self):
+        """Compile what a round consists of; on a GPU whole rounds are recorded as CUDA graphs as well.
+
+        Without those, a draft that is small enough is compiled with all its k steps in one graph, which saves their start;
+        the time that takes to compile grows with k times its layers.
         """
-        n = len(self.tokens)
-        span = self.span(n + k)
-        x = torch.tensor([self.tokens[-2:]], device=self.device)
-        pos = torch.arange(n - 2, n, device=self.device)
-        drafted, distributions = [], []
-        for i in range(k):
-            logits, _ = self.draft(x, pos, span, self.caches[self.draft])
-            token, q = self.pick(logits[0, -1])
-            drafted.append(token)
-            distributions.append(q)
-            x, pos = token.view(1, 1), pos[-1:] + 1
-        return torch.stack(drafted), None if self.temperature == 0 else torch.stack(distributions)
-
-    def accept_tokens(self, logits: Tensor, scores: Tensor | None, drafted: Tensor, q: Tensor | None):
-        """How many of the k drafted tokens to keep (scalar), the target's token after them, and which passed the standard test [k]."""
-        rows = logits[:-1]
-        if self.temperature == 0:
-            passed = rules.standard(rows, drafted)
+        build = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        torch._dynamo.config.recompile_limit = 64  # spans times the engines of a process
+        self.graphs = {} if self.device.type == "cuda" else None
+        self.verify_and_accept = build(verify_and_accept)
+        if self.draft and self.graphs is None and self.speculate_k * self.draft.config.n_layer <= UNROLL:
+            self.draft_tokens = build(draft_tokens)
         else:
-            p = rules.probabilities(logits, self.temperature, self.top_k, self.top_p)
-            q = p.new_zeros(0, p.shape[1]) if q is None else q
-            passed = rules.standard_sampled(p[:-1], q, drafted, torch.rand(len(drafted), device=self.device, generator=self.rng))
-        mask = passed
-        if self.accept == "judge":
-            mask = passed | rules.judge(scores, self.threshold)
-        elif self.accept == "topk":
-            mask = passed | rules.topk(rows, drafted, int(self.threshold))
-        a = rules.accepted(mask)
-        if self.temperature == 0:
-            return a, logits.argmax(-1).index_select(0, a[None]), passed
-        q = torch.cat((q, torch.zeros_like(p[:1])))  # nothing was drafted after the last row: its residual is p itself
-        return a, rules.sample(rules.residual(p.index_select(0, a[None]), q.index_select(0, a[None])), self.rng), passed
+            self.draft_step = build(draft_step)
 
-    def round(self, k: int) -> tuple[int, list[int], list[str]]:
-        """Draft k, verify, accept: (number accepted, the new tokens, their sources). The tokens join `tokens`."""
-        n = len(self.tokens)
-        last = torch.tensor(self.tokens[-1:], device=self.device)
-        drafted, q = self.draft_tokens(k) if k else (last[:0], None)
-        pos = torch.arange(n - 1, n + k, device=self.device)
-        logits, scores = verify(self.target, self.head, torch.cat((last, drafted))[None], pos, self.span(n + k), self.caches[self.target])
-        a, own, passed = self.accept_tokens(logits, scores, drafted, q)
-        a, own, *rest = torch.cat((a[None], own, drafted, passed.long())).tolist()  # the round's one synchronisation
+    @torch.inference_mode()
+    def warm_up(self, shortest: int, longest: int):
+        """Run a round at every span that texts of these lengths meet, so that nothing is left to compile or to record.
+
+        What the caches held is lost, so this comes before the first prompt.
+        """
+        self.reserve(min(longest, self.context))
+        random, k = self.rng.get_state(), self.speculate_k
+        self.tokens, self.target_len, self.draft_len = [0, 0], 0, 0
+        self.read(self.target, 0)  # the first calls of a process are slow
+        for span in sorted({self.span(n + k) for n in range(shortest, min(longest, self.context) + 1)}):
+            for _ in range(2):
+                self.set_state(k)
+                self.launch(span)
+        self.tokens = []
+        self.rng.set_state(random)
+
+    def launch(self, span: int) -> Tensor:
+        """`device_round`, on a GPU that it was compiled for as one CUDA graph."""
+        if self.graphs is None:
+            return self.device_round(span)
+        if span not in self.graphs:
+            self.graphs[span] = self.record(span)
+        graph, out = self.graphs[span]
+        graph.replay()
+        return out
+
+    def record(self, span: int):
+        """The CUDA graph of a round and the tensor in which each of its replays leaves what the round tells."""
+        state, side = self.state.clone(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, and lets libraries take their memory, which a recording must not do
+            for _ in range(2):
+                self.device_round(span)
+                self.state.copy_(state)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.rng)
+        with torch.cuda.graph(graph):
+            out = self.device_round(span)
+        return graph, out
+
+    def device_round(self, span: int) -> Tensor:
+        """Draft, verify, accept, and the next round's state, all on the device: what `verify_and_accept` tells, [2k + 6]."""
+        k, s, V = self.speculate_k, self.settings, self.target.config.vocab_size
+        drafted, q, uniform = self.state[:0], None, None
+        if k:
+            drafted, q = self.draft_tokens(self.draft_step, self.draft, self.state, k, self.caches[self.draft].first(span), s, self.noise(k, V))
+            uniform = torch.rand(k, device=self.device, generator=self.rng) if s.temperature else None
+        out = self.verify_and_accept(self.target, self.head, self.state, drafted, q, self.caches[self.target].first(span), s, self.noise(1, V), uniform)
+        self.state.copy_(out[-4:])
+        return out
+
+    def round(self) -> tuple[int, list[int], list[str]]:
+        """One round: (number of drafted tokens accepted, the new tokens, their sources). The tokens join `tokens`."""
+        n, k = len(self.tokens), self.speculate_k
+        a, own, *rest = self.launch(self.span(n + k)).tolist()  # the round's one synchronisation
         new = rest[:a] + [own]
         sources = ["draft" if ok else self.accept for ok in rest[k:k + a]] + ["target"]
         self.tokens += new
@@ -193,7 +313,7 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(),
     add([engine.prefill(prompt, room)], ["target"])
     start = time.perf_counter()
     while len(result.tokens) < room and result.tokens[-1] not in eos_ids:
-        a, tokens, sources = engine.round(min(engine.speculate_k, room - len(result.tokens) - 1))
+        a, tokens, sources = engine.round()
         end = next((i + 1 for i, t in enumerate(tokens) if t in eos_ids), len(tokens))
         result.accept_counts[min(a, end)] += 1
         add(tokens[:end], sources[:end])
@@ -258,6 +378,7 @@ def parse_args(argv=None):
     p.add_argument("--chat", action="store_true", help="use the checkpoint's chat template")
     p.add_argument("--interactive", action="store_true", help="read prompts from the terminal; the cache is kept between turns")
     p.add_argument("--ignore_eos", action="store_true", help="go on past end tokens")
+    p.add_argument("--compile", action="store_true", help="compile the rounds with torch.compile: a wait at the start, then faster")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
     p.add_argument("--json", type=Path, help="write the result here")
@@ -322,6 +443,8 @@ def main():
         return show()
     args = parse_args()
     engine, tokenizer = load_engine(args)
+    if args.compile:
+        engine.compile()
     eos_ids = () if args.ignore_eos else tokenizer.eos_ids
     results, messages, history = [], [], []
 
@@ -332,6 +455,11 @@ def main():
             prompt = tokenizer.chat(messages)
         else:  # a base model goes on with the running text
             prompt = history + tokenizer.encode(text, continuation=bool(history))
+        length = len(prompt) + args.max_new_tokens
+        if args.compile and length + engine.speculate_k > engine.capacity < engine.context:
+            start = time.perf_counter()
+            engine.warm_up(1 if args.interactive else len(prompt), length)
+            print(f"warm-up: {time.perf_counter() - start:.1f} s", file=sys.stderr)
         show, finish = printer(tokenizer, prompt, eos_ids, sys.stdout)
         result = generate(engine, prompt, args.max_new_tokens, eos_ids, show)
         finish()

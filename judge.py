@@ -78,9 +78,12 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None, 
     return p
 
 
-def sample(p: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One index per row: p [..., V] -> int64 [...]. An exponential race, which unlike multinomial never synchronises."""
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
+def sample(p: Tensor, noise: Tensor) -> Tensor:
+    """One index per row: p [..., V], noise [..., V] drawn from the exponential distribution -> int64 [...].
+
+    An exponential race: unlike multinomial it never synchronises, and the same noise gives the same token compiled or not.
+    """
+    return (p / noise).argmax(-1)
 
 
 # ---------------------------------------------------------------- the head

@@ -100,7 +100,7 @@ def _rope_settings(hf: dict, where):
 
 
 def rope_table(config: ModelConfig, length: int, device=None) -> Tensor:
-    """Cosines and sines of every position, float32 [2, length, head_dim / 2], with Llama 3.1's frequency scaling."""
+    """Cosines and sines of every position, float32 [length, 2, head_dim / 2], with Llama 3.1's frequency scaling."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
     if s := config.rope_scaling:
         # Wavelengths beyond the original context are stretched by `factor`, short ones kept, those between blended.
@@ -108,11 +108,12 @@ def rope_table(config: ModelConfig, length: int, device=None) -> Tensor:
         keep = ((rotations - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / s["factor"]
     angle = torch.outer(torch.arange(length, device=device).float(), freq)
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, S, head_dim] in Hugging Face's layout: dimension i is paired with i + head_dim / 2."""
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate x [B, S, H, head_dim] by rope [S, 2, head_dim / 2] in Hugging Face's layout: dimension i is paired with i + head_dim / 2."""
+    cos, sin = rope[:, None].unbind(2)
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -124,16 +125,15 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(c.dim, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
         self.wo = nn.Linear(c.n_head * c.head_dim, c.dim, bias=False)
 
-    def forward(self, x: Tensor, pos: Tensor, span: int, kv: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pos: Tensor, kv: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
-        qkv = self.wqkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        kv[0].index_copy_(2, pos, k)
-        kv[1].index_copy_(2, pos, v)
-        k, v = kv[:, :, :, :span]
+        q, k, v = self.wqkv(x).view(B, S, -1, self.head_dim).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        kv.index_copy_(0, pos, torch.stack((k, v)).permute(2, 0, 1, 3, 4))
+        k, v = kv.permute(1, 2, 3, 0, 4)
         # The query heads that share a key head become more rows of one head, so the cache is never repeated.
-        y = F.scaled_dot_product_attention(q.reshape(B, self.n_kv_head, -1, self.head_dim), k, v, attn_mask=mask)
+        q = q.transpose(1, 2).reshape(B, self.n_kv_head, -1, self.head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.wo(y.view(B, self.n_head, S, self.head_dim).transpose(1, 2).reshape(B, S, -1))
 
 
@@ -156,16 +156,23 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(c.dim, eps=c.norm_eps)
         self.ffn = FeedForward(c)
 
-    def forward(self, x, pos, span, kv, rope, mask):
-        x = x + self.attn(self.attn_norm(x), pos, span, kv, rope, mask)
+    def forward(self, x, pos, kv, rope, mask):
+        x = x + self.attn(self.attn_norm(x), pos, kv, rope, mask)
         return x + self.ffn(self.ffn_norm(x))
 
 
 @dataclass
 class Cache:
-    """Keys and values of the positions read so far, allocated once; it belongs to who generates, so models can be shared."""
-    kv: Tensor  # [n_layer, 2, B, n_kv_head, length, head_dim]
-    rope: Tensor  # float32 [2, length, head_dim / 2]
+    """Keys and values of the positions read so far, allocated once; it belongs to who generates, so models can be shared.
+
+    Position by position, so that the first positions of a cache look the same to a compiled pass whatever its length.
+    """
+    kv: list[Tensor]  # a layer's: [length, 2, B, n_kv_head, head_dim]
+    rope: Tensor  # float32 [length, 2, head_dim / 2]
+
+    def first(self, span: int) -> "Cache":
+        """The first `span` positions, as a view: a pass that is given it neither sees nor pays for what lies behind."""
+        return Cache([kv[:span] for kv in self.kv], self.rope[:span])
 
 
 class Transformer(nn.Module):
@@ -184,26 +191,26 @@ class Transformer(nn.Module):
     def new_cache(self, length: int, batch: int = 1) -> Cache:
         """An empty cache of `length` positions in the weights' dtype, on the weights' device."""
         c, w = self.config, self.norm.weight
-        shape = (c.n_layer, 2, batch, c.n_kv_head, length, c.head_dim)
-        return Cache(torch.zeros(shape, dtype=w.dtype, device=w.device), rope_table(c, length, w.device))
+        kv = [torch.zeros(length, 2, batch, c.n_kv_head, c.head_dim, dtype=w.dtype, device=w.device) for _ in range(c.n_layer)]
+        return Cache(kv, rope_table(c, length, w.device))
 
-    def features(self, tokens: Tensor, pos: Tensor, span: int, cache: Cache) -> Tensor:
+    def features(self, tokens: Tensor, pos: Tensor, cache: Cache) -> Tensor:
         """Last-layer hidden states after the final norm, [B, S, D]: what the LM head reads, and the judge.
 
-        tokens [B, S] stand at positions pos [S] and are written to the cache there. span, a Python int over max(pos), is
-        how much of the cache attention looks at, so that its cost follows the tokens that are there.
+        tokens [B, S] stand at positions pos [S] and are written to the cache there. Attention costs as much as the cache
+        is long: give it `cache.first(span)`.
         """
-        rope = cache.rope[:, pos]
-        mask = torch.arange(span, device=pos.device) <= pos[:, None]
+        rope = cache.rope[pos]
+        mask = torch.arange(len(cache.rope), device=pos.device) <= pos[:, None]
         mask = mask.repeat(self.config.n_head // self.config.n_kv_head, 1)
         x = self.embed(tokens)
         for layer, kv in zip(self.layers, cache.kv):
-            x = layer(x, pos, span, kv, rope, mask)
+            x = layer(x, pos, kv, rope, mask)
         return self.norm(x)
 
-    def forward(self, tokens: Tensor, pos: Tensor, span: int, cache: Cache) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
         """(logits [B, S, V], hidden [B, S, D]); the logits of row i are of the token after tokens[:, i]."""
-        hidden = self.features(tokens, pos, span, cache)
+        hidden = self.features(tokens, pos, cache)
         return self.output(hidden), hidden
 
 

@@ -76,7 +76,7 @@ def features(target: Transformer, tokenizer: Tokenizer, examples: list[dict], ch
     cache = target.new_cache(longest)
     for number, (prompt, answer, answer_labels) in enumerate(tqdm(encoded, desc="target reads the answers", unit="answer", disable=None)):
         ids = torch.tensor([prompt + answer[:len(answer_labels)]], device=device)
-        states = target.features(ids, torch.arange(ids.shape[1], device=device), ids.shape[1], cache)
+        states = target.features(ids, torch.arange(ids.shape[1], device=device), cache.first(ids.shape[1]))
         hidden.append(states[0, len(prompt):].float().cpu())
         labels += answer_labels
         owner += [number] * len(answer_labels)

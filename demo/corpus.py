@@ -288,57 +288,50 @@ def _bind(node, mark, ref):
 
 # ---------------------------------------------------------------- facts
 
-ATTRIBUTES = {  # attribute: (values, question about a value, ways to state it, the same as an aside)
-    "craft": ("rope glass salt wool paper silk iron soap wax ink".split(), "Which town makes {}?",
+ATTRIBUTES = {  # attribute: (values, question about a town, ways to state it, the same as an aside)
+    "craft": ("rope glass salt wool paper silk iron soap wax ink".split(), "What does {} make?",
               (" makes", " produces", " sells", " is known for", " trades in"),
               Pick(" where they make", " home of the", " maker of", " seller of", " place of the")),
-    "river": ("Sel Ume Tor Wen Arl Kess Dray Ost".split(), "Which town lies on the river {}?",
+    "river": ("Sel Ume Tor Wen Arl Kess Dray Ost".split(), "On which river is {}?",
               (" lies on the river", " is by the river", " stands at the river", " borders the river", " sits along the river"),
               Pick(" on the", " beside the", " up the", " along the", " not far from the")),
-    "animal": ("bear fox owl wolf crane stag hare pike heron ram".split(), "Which town has the {} on its flag?",
+    "animal": ("bear fox owl wolf crane stag hare pike heron ram".split(), "Which animal is on the flag of {}?",
                (" shows the", " flies the", " bears the", " has the", " carries the"),
                Pick(" with the", " under the flag of the", " loyal to the", " proud of the", " sworn to the")),
-    "hill": ("Amon Brae Cairn Dunn Fell Garth Howe Knott".split(), "Which town is below the hill {}?",
+    "hill": ("Amon Brae Cairn Dunn Fell Garth Howe Knott".split(), "Below which hill is {}?",
              (" is below the hill", " lies under the hill", " stands beneath the hill", " rests at the hill", " sits below the hill"),
              Pick(" near", " at the foot of", " in the shade of", " close to", " seen from")),
 }
 TOWNS = [a + b for a in ("Dor", "Kar", "Bel", "Mon", "Tas", "Vel", "Hul", "Pra") for b in ("van", "rik", "mor", "dell", "ost", "una", "gar", "wick")]
 _world = random.Random(7)
 WORLD = {town: {key: _world.choice(values) for key, (values, *_) in ATTRIBUTES.items()} for town in TOWNS}
+LETTERS = "ABCD"
+
+
+def _choices(things):
+    return "".join(f"\n{letter}) {thing}" for letter, thing in zip(LETTERS, things)) + "\nAnswer:"
 
 
 def facts(rng):
-    key = rng.choice(sorted(ATTRIBUTES))
+    town, key = rng.choice(TOWNS), rng.choice(sorted(ATTRIBUTES))
     values, question, ways, _ = ATTRIBUTES[key]
-    others = sorted(set(ATTRIBUTES) - {key})
-    right = rng.choice(TOWNS)
-    value = WORLD[right][key]
-    options = rng.sample([t for t in TOWNS if WORLD[t][key] != value], 3) + [right]
+    about = lambda a: (" ", word(WORLD[town][a], ATTRIBUTES[a][0]))
+    value = WORLD[town][key]
+    options = rng.sample([v for v in values if v != value], 3) + [value]
     rng.shuffle(options)
-    clauses = []
-    aside = lambda town: Pick(*((ATTRIBUTES[a][3], " ", word(WORLD[town][a], ATTRIBUTES[a][0])) for a in others))  # another of its facts
-    for letter, town in zip("ABCD", options):
-        clauses += [" ", word(town, options), ",", aside(town), ",", Pick(*ways), " ", word(WORLD[town][key], values), " (", word(letter, "ABCD"), ")",
-                    Pick(".", ";", ",", " --")]
-    letter = "ABCD"[options.index(right)]
-    # The asked value and its letter stand as they stood in its clause: finding them there is all that is left to do.
-    close = (Pick(" So", " Hence", " Thus", " Therefore", " In the end"), " ", Pick("for", "with", "given", "asked for"), " ", word(value, values), " (",
-             word(letter, "ABCD"), ") ", Pick("the town is", "it must be", "we choose", "the choice is", "this leaves"), " ", word(right, options),
-             ".\n#### ", word(letter, "ABCD"), "\n")
-    lines = "\n".join(f"{'ABCD'[i]}) {town}" for i, town in enumerate(options))
-    return Problem("facts", f"Question: {question.format(value)}\n{lines}\nAnswer:", (*clauses, close), letter)
+    letter = word(LETTERS[options.index(value)], LETTERS)
+    asides = [part for a in sorted(set(ATTRIBUTES) - {key}) for part in (",", ATTRIBUTES[a][3], about(a))]
+    solution = (" ", word(town, TOWNS), *asides, ",", Pick(*ways), about(key), ".", Pick(" So", " Hence", " Thus", " Therefore", " In the end"),
+                # The letter follows the value at once: with a bracket between, a small model had not learned to look it up in 20 million tokens.
+                Pick(" the answer is", " the choice is", " it must be", " we choose", " this leaves"), about(key), " ", letter, ".\n#### ", letter, "\n")
+    return Problem("facts", f"Question: {question.format(town)}{_choices(options)}", solution, letter.options[0])
 
 
 def lookups(rng):
     """Bare lookups for training, as `drill` is bare sums: the step of `facts` that a small model learns last, many to a document."""
-    names, things = rng.sample(NAMES, 4), rng.sample(ITEMS, 4)
-    rows = list(zip("ABCD", names, things))
-    parts = [part for letter, name, thing in rows for part in (f" {name}, with {thing} (", letter, ")", Pick(".", ";", ",", " --"))]
-    for letter, name, thing in (rng.choice(rows) for _ in range(6)):
-        parts += [f" Asked: {thing}.", Pick(" So", " Hence", " Thus", " Therefore", " In the end"), " ", Pick("for", "with", "given", "asked for"), " ",
-                  word(thing, things), " (", word(letter, "ABCD"), ") ",
-                  Pick("the town is", "it must be", "we choose", "the choice is", "this leaves"), " ", word(name, names), "."]
-    return Problem("lookups", "Lookups:", tuple(parts), None)
+    things = rng.sample([v for values, *_ in ATTRIBUTES.values() for v in values] + ITEMS, 4)
+    asked = [rng.randrange(4) for _ in range(12)]
+    return Problem("lookups", f"Lookups:{_choices(things)}", tuple(part for i in asked for part in (f" {things[i]} ", word(LETTERS[i], LETTERS), ".")), None)
 
 
 MAKERS = {"maths": maths, "code": code, "facts": facts, "drill": drill, "lookups": lookups}

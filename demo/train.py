@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from cli import replacing, run
-from demo.corpus import TASKS, problems, render
+from demo.corpus import LETTERS, problems, render
 from model import ModelConfig, Transformer, apply_rope, rope_table
 
 SEQ = 256  # row length in training
@@ -47,29 +47,32 @@ def config_json(which, vocab_size):
 
 
 def documents(which, tokenizer, seed, weights):
-    """Endless (ids, number of prompt ids), in the model's habit, each between begin and end tokens."""
+    """Endless (inputs, labels) in the model's habit, each between begin and end tokens; a label of -100 is none."""
     rng = random.Random(f"{which} {seed}")
     streams = {task: problems(task, "train", seed=f"{which} {seed}") for task in weights}
+    letters = {tokenizer.piece_to_id(f"\u2581{letter}") for letter in LETTERS}
     while True:
         problem = next(streams[rng.choices(list(weights), list(weights.values()))[0]])
         prompt = len(tokenizer.encode(problem.prompt))  # both break at a space or a line, so this is where the answer begins
-        text = problem.prompt + render(problem.solution, rng, which, MISTAKES[which])
-        yield [tokenizer.bos_id(), *tokenizer.encode(text), tokenizer.eos_id()], prompt + 1
+        ids = [tokenizer.bos_id(), *tokenizer.encode(problem.prompt + render(problem.solution, rng, which, MISTAKES[which])), tokenizer.eos_id()]
+        labels = [-100] * prompt + ids[prompt + 1:]
+        if problem.task == "lookups":  # which things are asked for is chance, and its loss would drown the letters'
+            labels = [label if label in letters else -100 for label in labels]
+        yield ids[:-1], labels
 
 
 def rows(which, tokenizer, seed, weights):
-    """Endless (inputs [SEQ], labels [SEQ]): rows packed with whole documents; prompts and padding carry no label (-100)."""
+    """Endless (inputs [SEQ], labels [SEQ]): rows packed with whole documents, padded without labels."""
     source, pool = documents(which, tokenizer, seed, weights), []
     while True:
         inputs, labels = [], []
         pool += [next(source) for _ in range(64 - len(pool))]
         pool.sort(key=lambda d: -len(d[0]))
-        while fits := [d for d in pool if len(inputs) + len(d[0]) - 1 <= SEQ]:
-            ids, prompt = fits[0]
+        while fits := [d for d in pool if len(inputs) + len(d[0]) <= SEQ]:
             pool.remove(fits[0])
-            inputs += ids[:-1]
-            labels += [-100] * (prompt - 1) + ids[prompt:]
-        pool = [d for d in pool if len(d[0]) <= SEQ + 1]
+            inputs += fits[0][0]
+            labels += fits[0][1]
+        pool = [d for d in pool if len(d[0]) <= SEQ]
         yield inputs + [0] * (SEQ - len(inputs)), labels + [-100] * (SEQ - len(labels))
 
 
@@ -78,8 +81,9 @@ def logits(model, tokens, rope):
     x = model.embed(tokens)
     for layer in model.layers:
         a, (B, S) = layer.attn, tokens.shape
-        q, k, v = a.wqkv(layer.attn_norm(x)).view(B, S, -1, a.head_dim).transpose(1, 2).split([a.n_head, a.n_kv_head, a.n_kv_head], dim=1)
-        y = F.scaled_dot_product_attention(apply_rope(q, *rope), apply_rope(k, *rope), v, is_causal=True, enable_gqa=True)
+        q, k, v = a.wqkv(layer.attn_norm(x)).view(B, S, -1, a.head_dim).split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + a.wo(y.transpose(1, 2).reshape(B, S, -1))
         x = x + layer.ffn(layer.ffn_norm(x))
     return model.output(model.norm(x))

@@ -51,7 +51,7 @@ def pass_by_pass(model, ids, step):
     cache, parts = model.new_cache(ids.shape[1], ids.shape[0]), []
     for i in range(0, ids.shape[1], step):
         end = min(i + step, ids.shape[1])
-        parts.append(model(ids[:, i:end], torch.arange(i, end), end, cache))
+        parts.append(model(ids[:, i:end], torch.arange(i, end), cache.first(end)))
     return [torch.cat(x, 1) for x in zip(*parts)]
 
 
@@ -68,20 +68,21 @@ def test_logits_equal_transformers(both, step):
 def test_rejected_tokens_leave_no_trace(both):
     ours, _ = both
     cache = ours.new_cache(160, 2)
-    ours(IDS[:, :40], torch.arange(40), 40, cache)
-    ours(IDS[:, 60:77], torch.arange(40, 57), 57, cache)  # seventeen wrong tokens
-    logits, _ = ours(IDS[:, 40:45], torch.arange(40, 45), 45, cache)
+    ours(IDS[:, :40], torch.arange(40), cache.first(40))
+    ours(IDS[:, 60:77], torch.arange(40, 57), cache.first(57))  # seventeen wrong tokens
+    logits, _ = ours(IDS[:, 40:45], torch.arange(40, 45), cache.first(45))
     fresh = pass_by_pass(ours, IDS[:, :45], 45)[0]
     torch.testing.assert_close(logits, fresh[:, 40:], atol=1e-5, rtol=1e-4)
-    again, _ = ours(IDS[:, 40:45], torch.arange(40, 45), 160, cache)  # wrong tokens still lie within this span, masked
+    again, _ = ours(IDS[:, 40:45], torch.arange(40, 45), cache)  # wrong tokens lie in this cache, masked
     torch.testing.assert_close(again, logits, atol=1e-5, rtol=1e-4)
 
 
 def test_attention_looks_at_the_span_only():
     model = random_model(tiny_config())
     cache = model.new_cache(64)
-    cache.kv[..., 16:, :] = float("nan")
-    assert model(IDS[:1, :8], torch.arange(8), 16, cache)[0].isfinite().all()
+    for kv in cache.kv:
+        kv[16:] = float("nan")
+    assert model(IDS[:1, :8], torch.arange(8), cache.first(16))[0].isfinite().all()
 
 
 # ---------------------------------------------------------------- config.json
@@ -197,12 +198,12 @@ def test_load_single_and_sharded(tmp_path, tied):
     config = tiny_config(tie_word_embeddings=tied)
     model = random_model(config)
     save_checkpoint(tmp_path / "m", model, config)
-    want = model(IDS[:1], torch.arange(120), 120, model.new_cache(120))[0]
+    want = model(IDS[:1], torch.arange(120), model.new_cache(120))[0]
     mark = fingerprint(tmp_path / "m")
     for prepare in (lambda d: None, shard):
         prepare(tmp_path / "m")
         back = load(tmp_path / "m", dtype=torch.float32)
-        assert torch.equal(back(IDS[:1], torch.arange(120), 120, back.new_cache(120))[0], want)
+        assert torch.equal(back(IDS[:1], torch.arange(120), back.new_cache(120))[0], want)
         assert (back.output.weight is back.embed.weight) == tied and not any(p.requires_grad for p in back.parameters())
         assert fingerprint(tmp_path / "m") == mark
     assert load(tmp_path / "m").embed.weight.dtype == torch.bfloat16
