@@ -1,0 +1,84 @@
+"""Compiled rounds: the same tokens as eager ones, and nothing left to compile after the warm-up."""
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from demo.evaluate import make_engine, load_pair, read_problems
+from generate import Engine, generate
+from helpers import random_model, tiny_config
+from test_generate import ROOT, head, models, tokens
+
+
+def compiled(*args, **settings):
+    torch._dynamo.reset()
+    engine = Engine(*args, **settings)
+    engine.compile()
+    return engine
+
+
+def test_compiled_demo_pair_gives_the_eager_tokens():
+    """Greedy, float32: the shipped pair decides nothing by so little that the order of a sum would turn it on these problems."""
+    target, draft, judge, tokenizer = load_pair()
+    prompts = [tokenizer.encode(p["prompt"]) for p in read_problems(2)]
+    for rule in ("target", "standard", "judge"):
+        eager, fast = make_engine(rule, target, draft, judge), make_engine(rule, target, draft, judge)
+        torch._dynamo.reset()
+        fast.compile()
+        for prompt in prompts:
+            want, got = (generate(e, prompt, 60, tokenizer.eos_ids) for e in (eager, fast))
+            assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts, want.sources)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_compiled_sampling_draws_what_eager_draws(unroll, monkeypatch):
+    """The noise is drawn outside of what is compiled, so that the same seed gives the same text, warm-up or not."""
+    monkeypatch.setattr("generate.UNROLL", 64 if unroll else 0)
+    settings = dict(accept="judge", speculate_k=4, temperature=0.9, top_p=0.9, seed=3)
+    want = generate(Engine(models()["target"], models()["good"], head(), **settings), tokens(6), 40)
+    engine = compiled(models()["target"], models()["good"], head(), **settings)
+    engine.warm_up(6, 46)
+    got = generate(engine, tokens(6), 40)
+    assert (got.tokens, got.sources) == (want.tokens, want.sources)
+
+
+@pytest.mark.parametrize("draft", [None, "good"])
+def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
+    """Whatever the length of the prompt or of the text, and whatever was accepted. A backend that only counts stands in for Inductor."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    config = tiny_config(max_position_embeddings=300)
+    target, small = random_model(config, seed=1), random_model(config, seed=1 if draft else 2)
+    for p in small.parameters():
+        p.data += 0.05 * p.data.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    engine = compiled(target, small if draft else None, speculate_k=5)
+    engine.warm_up(1, 300)
+    warm = counter.frame_count
+    assert warm == (2 if draft else 1) * 4  # the draft and the verification at 64, 128, 256 and the context's end
+    accepted = set()
+    for n, new in ((1, 10), (7, 100), (63, 70), (64, 1), (130, 200), (3, 297), (299, 5), (2, 40)):
+        r = generate(engine, tokens(n, seed=n), new)
+        accepted |= {i for i, c in enumerate(r.accept_counts) if c}
+    assert counter.frame_count == warm
+    assert not draft or len(accepted) > 3
+    generate(Engine(target, None), tokens(5), 5)
+    assert counter.frame_count == warm  # eager engines compile nothing
+
+
+def test_a_longer_text_than_was_warmed_for_still_comes_out_right():
+    engine = compiled(models()["target"], models()["good"], speculate_k=3)
+    engine.warm_up(4, 20)
+    assert engine.capacity == 64
+    want = generate(Engine(models()["target"]), tokens(60), 60)
+    assert generate(engine, tokens(60), 60).tokens == want.tokens
+
+
+def test_command_line():
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--target", ROOT / "checkpoints/demo/draft", "--device", "cpu", "--compile", "--prompt",
+                           "Question: Mira has 5 pens.", "--max_new_tokens", "20"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.index("warm-up: ") < done.stderr.index("tokens/s")
