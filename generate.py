@@ -5,6 +5,7 @@ verifies them in one target pass that returns logits and the judge's scores toge
 adds one token of the target's own. The host waits for the device once a round: to read what came out.
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 import judge as rules
+import tp
 from cli import UserError, check_writable, replacing, run
 from judge import Judge
 from model import DTYPES, Cache, ModelConfig, Transformer, fingerprint, load
@@ -160,6 +162,7 @@ class Engine:
         self.tokens, self.target_len, self.draft_len, self.capacity = [], 0, 0, 0
         self.state = torch.zeros(4, dtype=torch.long, device=self.device)  # what a round needs of `tokens`, kept on the device
         self.draft_step, self.draft_tokens, self.verify_and_accept = draft_step, draft_tokens, verify_and_accept
+        self.agree = lambda t: t  # with tensor parallelism: rank 0's t for all ranks
         self.graphs: dict[int, tuple] | None = None  # span -> a recorded round; None where rounds are not recorded
 
     def reserve(self, length: int):
@@ -198,7 +201,7 @@ class Engine:
             self.read(self.draft, min(kept, self.draft_len))
         self.target_len = self.draft_len = len(prompt)
         logits = self.target.output(hidden)[0]
-        self.tokens.append(int(choose(logits, self.settings, self.noise(1, logits.shape[-1]))[0]))
+        self.tokens.append(int(self.agree(choose(logits, self.settings, self.noise(1, logits.shape[-1]))[0])))
         self.set_state(room - 2)
         return self.tokens[-1]
 
@@ -273,8 +276,10 @@ class Engine:
         drafted, q, uniform = self.state[:0], None, None
         if k:
             drafted, q = self.draft_tokens(self.draft_step, self.draft, self.state, k, self.caches[self.draft].first(span), s, self.noise(k, V))
+            drafted = self.agree(drafted)
             uniform = torch.rand(k, device=self.device, generator=self.rng) if s.temperature else None
-        out = self.verify_and_accept(self.target, self.head, self.state, drafted, q, self.caches[self.target].first(span), s, self.noise(1, V), uniform)
+        cache = self.caches[self.target].first(span)
+        out = self.agree(self.verify_and_accept(self.target, self.head, self.state, drafted, q, cache, s, self.noise(1, V), uniform))
         self.state.copy_(out[-4:])
         return out
 
@@ -361,6 +366,20 @@ def summary(r: Result) -> str:
     return f"{r.accept}: {line}, {r.rounds} rounds, {r.mean_accepted:.2f} drafted tokens accepted and {r.tokens_per_round:.2f} made per round"
 
 
+def tell(line: str):
+    if tp.rank() == 0:
+        print(line, file=sys.stderr)
+
+
+def read_line() -> str | None:
+    """The user's next line, on every rank; None at the end of the input."""
+    text = None
+    if tp.rank() == 0:
+        with contextlib.suppress(EOFError):
+            text = input("> ")
+    return tp.from_rank_0(text) if tp.world() > 1 else text
+
+
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Judge decoding. Without arguments: the demo.")
     p.add_argument("--target", type=Path, required=True, help="checkpoint directory")
@@ -416,7 +435,7 @@ def check_args(args):
 
 
 def load_engine(args) -> tuple[Engine, Tokenizer]:
-    """Check that target, draft and judge fit each other, then load them."""
+    """Check that target, draft and judge fit each other, then load them; under torchrun this rank's shares."""
     config, tokenizer = ModelConfig.from_dir(args.target), Tokenizer.from_dir(args.target)
     draft = head = None
     if args.draft:
@@ -431,10 +450,18 @@ def load_engine(args) -> tuple[Engine, Tokenizer]:
             raise UserError(f"--speculate_k is {args.speculate_k}; it must be below the context of {context} tokens")
     if args.judge:
         head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target))
-    target = load(args.target, args.device, args.dtype)
-    if args.draft:
-        draft = load(args.draft, args.device, args.dtype)
-    return Engine(target, draft, head, args.accept, args.threshold, args.speculate_k, args.temperature, args.top_k, args.top_p, args.seed), tokenizer
+    if tp.world() > 1:
+        tp.check(config, args.target)
+        args.device = tp.start(args.device)
+    read = tp.load_share if tp.world() > 1 else load
+    target = read(args.target, args.device, args.dtype)
+    if args.draft:  # one whose heads the ranks cannot share is small: each rank runs the whole of it
+        read = load if tp.undividable(draft_config, tp.world()) else read
+        draft = read(args.draft, args.device, args.dtype)
+    engine = Engine(target, draft, head, args.accept, args.threshold, args.speculate_k, args.temperature, args.top_k, args.top_p, args.seed)
+    if tp.world() > 1:
+        engine.agree = tp.same_everywhere
+    return engine, tokenizer
 
 
 def main():
@@ -446,6 +473,8 @@ def main():
     if args.compile:
         engine.compile()
     eos_ids = () if args.ignore_eos else tokenizer.eos_ids
+    if tp.rank():  # every rank does the same, one speaks
+        sys.stdout, args.json = open(os.devnull, "w"), None
     results, messages, history = [], [], []
 
     def turn(text):
@@ -459,25 +488,26 @@ def main():
         if args.compile and length + engine.speculate_k > engine.capacity < engine.context:
             start = time.perf_counter()
             engine.warm_up(1 if args.interactive else len(prompt), length)
-            print(f"warm-up: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            tell(f"warm-up: {time.perf_counter() - start:.1f} s")
         show, finish = printer(tokenizer, prompt, eos_ids, sys.stdout)
         result = generate(engine, prompt, args.max_new_tokens, eos_ids, show)
         finish()
         result.text = tokenizer.decode_new(prompt, [t for t in result.tokens if t not in eos_ids])
         messages.append({"role": "assistant", "content": result.text})
         history = prompt + result.tokens
-        print(summary(result), file=sys.stderr)
+        tell(summary(result))
         results.append(result.json())
 
     if not args.interactive:
         turn(args.prompt)
     while args.interactive:
-        try:
-            text = input("> ")
-        except EOFError:
+        text = read_line()
+        if text is None:
             break
         if text.strip():
             turn(text)
+    if tp.world() > 1:
+        tp.stop()
     if args.json:
         with replacing(args.json) as tmp:
             tmp.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")

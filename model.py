@@ -259,11 +259,14 @@ def open_weights(path, device="cpu"):
         raise UserError(f"{path} is damaged or truncated ({e}); fetch it again") from None
 
 
-def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16) -> Transformer:
-    """The checkpoint's model, ready to run. Peak memory is the model plus one tensor: each goes straight to `device`."""
+def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer, read=lambda file, name: file.get_tensor(name)) -> Transformer:
+    """The checkpoint's model, ready to run. Peak memory is the model plus one tensor: each goes straight to `device`.
+
+    `build(config)` and `read(file, name)` make another model of it, such as a share of it.
+    """
     files = weight_files(checkpoint_dir)
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_dir(checkpoint_dir))
+        model = build(ModelConfig.from_dir(checkpoint_dir))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     weights = {}
     for path in files:
@@ -272,7 +275,7 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16) -> Transformer:
                 if name.startswith("model."):
                     raise UserError(f"{checkpoint_dir} is a Hugging Face checkpoint; convert it first: python "
                                     f"convert_hf_checkpoint.py --checkpoint_dir {checkpoint_dir} --out DIR")
-                weights[name] = f.get_tensor(name).to(dtype)
+                weights[name] = read(f, name).to(dtype)
     for name, shape in shapes.items():
         if name not in weights:
             raise UserError(f"{checkpoint_dir}: weight {name} is missing")

@@ -1,0 +1,106 @@
+"""Tensor parallelism: two processes say what one says, each reads only its share, and a failure ends the run."""
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import tp
+from cli import UserError
+from helpers import random_model, save_checkpoint, tiny_config
+from model import ModelConfig
+from test_generate import ROOT
+
+DEMO = ROOT / "checkpoints" / "demo"
+PROMPT = json.loads((DEMO / "problems.jsonl").read_text().splitlines()[0])["prompt"]
+ALONE = ("--target", DEMO / "target", "--prompt", PROMPT, "--max_new_tokens", "40", "--device", "cpu", "--dtype", "float32")
+STANDARD = (*ALONE, "--draft", DEMO / "draft")
+JUDGE = (*STANDARD, "--judge", DEMO / "judge.safetensors")
+
+
+def torchrun(script, *args, n=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+
+
+@pytest.mark.parametrize("args", [ALONE, STANDARD, JUDGE, (*JUDGE, "--compile"), (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
+                         ids=["target", "standard", "judge", "judge-compiled", "sampled"])
+def test_two_processes_say_what_one_says(args, tmp_path):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *args, "--json", one], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = torchrun(ROOT / "generate.py", *args, "--json", two)
+    assert again.returncode == 0, again.stderr
+    one, two = json.loads(one.read_text()), json.loads(two.read_text())
+    assert two["tokens"] == one["tokens"] and two.get("sources") == one.get("sources")
+    assert again.stdout == done.stdout  # one rank speaks
+
+
+def in_rank(monkeypatch, r, n=2):
+    monkeypatch.setenv("RANK", str(r))
+    monkeypatch.setenv("WORLD_SIZE", str(n))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path, monkeypatch):
+    config = tiny_config(architectures=["Qwen2ForCausalLM"], vocab_size=102, tie_word_embeddings=tied)  # with a bias on wqkv
+    model = random_model(config)
+    path = save_checkpoint(tmp_path / "m", model, config) / "model.safetensors"
+    shares = []
+    for r in range(2):
+        in_rank(monkeypatch, r)
+        read = tp.read_share(ModelConfig.from_dict(config))
+        with safe_open(path, "pt") as f:
+            shares.append({name: read(f, name) for name in f.keys()})
+        local = tp.load_share(tmp_path / "m", "cpu", torch.float32)
+        assert {n: p.shape for n, p in local.named_parameters()} == {n: t.shape for n, t in shares[r].items()}
+    for name, whole in model.named_parameters():
+        a, b = shares[0][name], shares[1][name]
+        if whole.dim() == 1 and "wqkv" not in name:
+            assert torch.equal(a, whole) and torch.equal(b, whole)
+            continue
+        assert a.numel() == b.numel() == whole.numel() // 2
+        if "wqkv" in name:
+            q, k, v = whole.split([64, 32, 32])
+            assert torch.equal(torch.cat([x[len(x) // 2 * r:len(x) // 2 * (r + 1)] for x in (q, k, v) for r in (0,)]), a)
+            assert torch.equal(torch.cat([x[len(x) // 2:] for x in (q, k, v)]), b)
+        elif "w13" in name:
+            assert torch.equal(torch.cat((a[:48], b[:48], a[48:], b[48:])), whole)
+        else:
+            assert torch.equal(torch.cat((a, b), dim=1 if re.search("wo|w2", name) else 0), whole)
+
+
+def test_what_does_not_divide_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    in_rank(monkeypatch, 0, 4)
+    for overrides, what in (({}, "2 key-value heads"), ({"num_key_value_heads": 4, "vocab_size": 101}, "101 vocabulary entries"),
+                            ({"num_key_value_heads": 4, "vocab_size": 100, "intermediate_size": 98}, "98 feed-forward units")):
+        with pytest.raises(UserError, match=f"some/dir has {what}, which 4 processes cannot share"):
+            tp.check(ModelConfig.from_dict(tiny_config(**overrides)), "some/dir")
+    done = torchrun(ROOT / "generate.py", *ALONE, n=3)
+    assert done.returncode != 0 and "error: " in done.stderr and "which 3 processes cannot share" in done.stderr
+    assert "warm-up" not in done.stderr
+
+
+def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import generate, tp
+from cli import run
+original = generate.Engine.round
+def round(self):
+    if tp.rank() == 1 and len(self.tokens) > 60:
+        raise RuntimeError("this rank has had enough")
+    return original(self)
+generate.Engine.round = round
+run(generate.main)
+""")
+    start = time.time()
+    done = torchrun(script, *ALONE)
+    assert done.returncode != 0 and "this rank has had enough" in done.stderr
+    assert time.time() - start < 120

@@ -1,0 +1,139 @@
+"""Tensor parallelism under torchrun, applied to a model from outside: each rank holds its share of every matrix.
+
+Attention and feed-forward are split by heads and by hidden units (Shoeybi et al., arXiv 1909.08053): one sum over the
+ranks after each. The vocabulary is split too, for the embedding and for the LM head. A rank reads only its own slices
+of the files. NCCL on GPUs, gloo on CPUs. Ranks are those of the whole run, so several machines are one group.
+"""
+import os
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from cli import UserError
+from model import ModelConfig, Transformer, load
+
+
+def world() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def start(device: str) -> str:
+    """Join the other ranks; returns this rank's own device."""
+    if device == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"torchrun started {local + 1} processes or more on a machine with {count} GPUs; give --nproc_per_node {count} at most")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device != "cpu" else "gloo", device_id=torch.device(device) if device != "cpu" else None)
+    return device
+
+
+def stop():
+    """Leave in order, so that no rank takes the end of another for a failure."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def from_rank_0(text: str | None) -> str | None:
+    """What rank 0 says, on every rank; None is said too."""
+    said = [text]
+    dist.broadcast_object_list(said)
+    return said[0]
+
+
+def same_everywhere(t: Tensor) -> Tensor:
+    """Rank 0's t on every rank, in place.
+
+    Every rank computes the drafted tokens and what to accept, from values that a sum over ranks gave to all of them. Should
+    two ranks differ in a last bit all the same (another kernel was chosen, another GPU), they would accept different runs
+    and never meet in a collective again. So rank 0's tokens and decision are everybody's, by construction.
+    """
+    dist.broadcast(t, 0)
+    return t
+
+
+def check(config: ModelConfig, checkpoint_dir):
+    """Refuse a model that cannot be split among the ranks, before any weight is read."""
+    if what := undividable(config, world()):
+        raise UserError(f"{checkpoint_dir} has {what}, which {world()} processes cannot share; choose another --nproc_per_node")
+
+
+def undividable(config: ModelConfig, n: int) -> str | None:
+    """What of the model cannot be shared among n ranks, in words, or None."""
+    for what, count in (("key-value heads", config.n_kv_head), ("attention heads", config.n_head), ("feed-forward units", config.ffn_dim),
+                        ("vocabulary entries", config.vocab_size)):
+        if count % n:
+            return f"{count} {what}"
+    return None
+
+
+def sum_over_ranks(t: Tensor) -> Tensor:
+    return collectives.all_reduce(t, "sum", dist.group.WORLD)
+
+
+def columns_of_all_ranks(t: Tensor) -> Tensor:
+    """t [..., V / n] of every rank -> [..., V]."""
+    return collectives.all_gather_tensor(t.contiguous(), t.dim() - 1, dist.group.WORLD)
+
+
+class VocabEmbedding(nn.Module):
+    """A rank's rows of the embedding: the tokens of other ranks give zero here, and the sum over the ranks is the whole."""
+
+    def __init__(self, rows: int, dim: int):
+        super().__init__()
+        self.first = rank() * rows
+        self.weight = nn.Parameter(torch.empty(rows, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        local = tokens - self.first
+        mine = (local >= 0) & (local < len(self.weight))
+        return sum_over_ranks(F.embedding(torch.where(mine, local, 0), self.weight) * mine[..., None])
+
+
+def share(config: ModelConfig) -> Transformer:
+    """This rank's share of a model, weights not filled: a model of 1/n of the heads, hidden units and vocabulary, joined by sums."""
+    n = world()
+    model = Transformer(replace(config, n_head=config.n_head // n, n_kv_head=config.n_kv_head // n, ffn_dim=config.ffn_dim // n,
+                                vocab_size=config.vocab_size // n))
+    model.config.vocab_size = config.vocab_size  # of the logits that come out
+    model.embed = VocabEmbedding(config.vocab_size // n, config.dim)
+    for layer in model.layers:
+        for last in (layer.attn.wo, layer.ffn.w2):
+            last.register_forward_hook(lambda module, args, out: sum_over_ranks(out))
+    model.output.register_forward_hook(lambda module, args, out: columns_of_all_ranks(out))
+    return model
+
+
+def read_share(config: ModelConfig):
+    """A function that reads this rank's part of a tensor, from the file's own slices: only these bytes are read."""
+    n, r = world(), rank()
+    heads = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
+    rows = {"wqkv": heads, "w13": 2 * [config.ffn_dim], "embed": [config.vocab_size], "output": [config.vocab_size]}
+
+    def read(file, name: str) -> Tensor:
+        tensor, owner = file.get_slice(name), name.split(".")[-2]
+        if owner in rows:  # stacked matrices, each split by its outputs
+            starts = [sum(rows[owner][:i]) for i in range(len(rows[owner]))]
+            return torch.cat([tensor[start + r * size // n:start + (r + 1) * size // n] for start, size in zip(starts, rows[owner])])
+        if owner in ("wo", "w2") and len(shape := tensor.get_shape()) == 2:  # split by their inputs; scales of rows are everybody's
+            return tensor[:, r * shape[1] // n:(r + 1) * shape[1] // n].contiguous()
+        return file.get_tensor(name)
+
+    return read
+
+
+def load_share(checkpoint_dir, device, dtype) -> Transformer:
+    """This rank's share of a checkpoint, ready to run."""
+    config = ModelConfig.from_dir(checkpoint_dir)
+    return load(checkpoint_dir, device, dtype, build=share, read=read_share(config))
