@@ -34,6 +34,7 @@ from tokenizer import Tokenizer
 PROMPT = 64  # tokens of the random prompt where acceptance is simulated
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # positions of a verification pass
 PAPER = {"standard": 6.3, "judge": 19.7}  # accepted per round, Llama 3.1 8B / 405B (arXiv 2501.19309)
+LOOPS = 4  # calls that are timed together
 MOST_ROUNDS = 24  # of a simulated run: a round costs the same whatever it accepts
 SIMULATED = "simulated acceptance"
 
@@ -153,18 +154,18 @@ def sync(device):
         torch.cuda.synchronize()
 
 
-def interleaved(cases: dict, repeats: int, device, loops=4) -> dict[str, list[float]]:
+def interleaved(cases: dict, repeats: int, device) -> dict[str, list[float]]:
     """Seconds a call of each case, [repeats] each; the cases take turns, so that a slow moment of the machine hits all of them."""
     seconds = {name: [] for name in cases}
     for i in range(repeats + 1):
         for name, call in cases.items():
             sync(device)
             start = time.perf_counter()
-            for _ in range(loops):
+            for _ in range(LOOPS):
                 call()
             sync(device)
             if i:  # the first turn is the warm-up
-                seconds[name].append((time.perf_counter() - start) / loops)
+                seconds[name].append((time.perf_counter() - start) / LOOPS)
     return seconds
 
 
@@ -181,14 +182,16 @@ class Shared(Engine):
         super().__init__(target, draft, head, "judge" if head else "standard", speculate_k=speculate_k)
         self.caches, self.capacity = caches, len(caches[target].rope)
 
-    def at(self, length: int):
-        """Stand behind `length` tokens."""
-        self.state.copy_(torch.tensor([0, 0, length, self.speculate_k]))
-        return self
+    def reserve(self, length):
+        assert length + self.speculate_k <= self.capacity, (length, self.capacity)  # to grow would leave the others on the old caches
+
+    def compile(self):
+        super().compile()
+        torch._dynamo.config.recompile_limit = 512  # passes of many sizes share the code of one function
 
 
 class Verify(Shared):
-    """The target's half of a round, on fixed drafted tokens; with nothing drafted it is a decode step."""
+    """The target's half of a round, on fixed drafted tokens, again and again; with nothing drafted it is a decode step."""
 
     def device_round(self, span):
         k = self.speculate_k
@@ -223,8 +226,8 @@ class Simulated(Shared):
         last = self.state[1:2].clone()
         out = super().device_round(span)
         a = self.counts.index_select(0, self.next)
-        own, drafted, (n, left) = out[1:2], out[2:2 + self.speculate_k], (out[-2:] + out[:1] * out.new_tensor([-1, 1])).split(1)
-        out = torch.cat((a, out[1:-4], torch.cat((last, drafted)).index_select(0, a), own, n + a, left - a))
+        more, own, tokens = a - out[:1], out[1:2], torch.cat((last, out[2:2 + self.speculate_k]))
+        out = torch.cat((a, out[1:-4], tokens.index_select(0, a), own, out[-2:-1] + more, out[-1:] - more))
         self.state.copy_(out[-4:])
         self.next += 1
         return out
@@ -286,8 +289,9 @@ def measure_passes(args, target: Transformer, draft: Transformer, head: Judge, c
         if args.compile:
             engine.compile()
             print(f"compiling {key[0]} {key[1]}", file=sys.stderr)
-        engine.at(context).launch(span)
-    seconds = interleaved({key: lambda e=e: e.at(context).launch(span) for key, e in engines.items()}, args.repeats, args.device)
+        engine.state.copy_(torch.tensor([0, 0, context, 0]))  # which these rounds leave as it is
+        engine.launch(span)
+    seconds = interleaved({key: lambda e=e: e.launch(span) for key, e in engines.items()}, args.repeats, args.device)
     ms = {key: 1e3 * median(s) for key, s in seconds.items()}
 
     def entry(key, model, **more):
@@ -323,7 +327,7 @@ def measure_simulated(args, target: Transformer, draft: Transformer, head: Judge
     for engine in [alone, *engines.values()] if args.compile else ():
         print(f"compiling rounds of K = {engine.speculate_k}", file=sys.stderr)
         engine.compile()
-        engine.warm_up(PROMPT, PROMPT + args.max_new_tokens + 2 * engine.speculate_k)
+        engine.warm_up(PROMPT, PROMPT + args.max_new_tokens + engine.speculate_k)
     turns = [{name: play(engine, prompt, counts) for name, (engine, counts) in runs.items()} for _ in range(args.repeats + 1)][1:]  # the first is the warm-up
     seconds = {name: median(turn[name] for turn in turns) for name in runs}
     base = args.max_new_tokens / seconds["target"]
@@ -458,11 +462,12 @@ def plot(r: dict, path: Path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     simulated, ks = r["simulated"], r["speculate_k"]
-    figure, ax = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(9.5, 5.2), layout="constrained")
     base = simulated["target_tokens_per_sec"]
     for best in simulated["best"]:
         row = [p for p in simulated["points"] if p["rate"] == best["rate"]]
-        ax.plot([p["mean_accepted"] for p in row], [p["tokens_per_sec"] for p in row], color="0.75", lw=0.8, ls=(0, (3, 2)), zorder=1)
+        ax.plot([p["mean_accepted"] for p in row], [p["tokens_per_sec"] for p in row], color="0.75", lw=0.8, ls=(0, (3, 2)), zorder=1,
+                label="same rate" if best is simulated["best"][-1] else None)
     for k, color in zip(ks, plt.cm.viridis([0.85 * i / max(1, len(ks) - 1) for i in range(len(ks))])):
         row = sorted((p for p in simulated["points"] if p["speculate_k"] == k), key=lambda p: p["mean_accepted"])
         ax.plot([p["mean_accepted"] for p in row], [p["tokens_per_sec"] for p in row], "o-", color=color, ms=5, lw=1.8, label=f"K = {k}", zorder=2)
@@ -482,7 +487,8 @@ def plot(r: dict, path: Path):
     ax.set_title(f"{names[0]} drafts for {names[1]}: {SIMULATED}\n{r['device']}, {r['dtype']}, {'compiled' if r['compile'] else 'eager'}", fontsize=10.5)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.92")
-    ax.legend(frameon=False, fontsize=9, loc="lower right")
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], frameon=False, fontsize=9, loc="outside right center")
     with replacing(path) as tmp:
         figure.savefig(tmp, dpi=150, format="png")
     plt.close(figure)
@@ -513,7 +519,9 @@ def parse_args(argv=None):
     p.add_argument("--accepted", type=numbers(float, "accepted"), help="list of rates to simulate, each as the tokens accepted per round at the largest K")
     p.add_argument("--max_new_tokens", type=int, default=128)
     p.add_argument("--repeats", type=int, default=5, help="of each timing; with --prompts as many prompts, evenly spaced in the file")
-    p.add_argument("--no_compile", dest="compile", action="store_false", help="eager: no wait for the compiler, but small models are then slowed by their start")
+    # On by default: eager, small models are timed by how fast the host can start their kernels.
+    p.add_argument("--compile", action="store_true", default=True, help="torch.compile, and CUDA graphs on a GPU (default)")
+    p.add_argument("--no_compile", dest="compile", action="store_false", help="eager: no wait for the compiler, slower passes")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
     p.add_argument("--json", type=Path, help="write the result here")
@@ -577,13 +585,13 @@ def main(argv=None):
         raise UserError(f"draft {args.draft.name} has a vocabulary of {configs[1].vocab_size} tokens, target {args.target.name} one of "
                         f"{configs[0].vocab_size}; speculation needs the same")
     prompts = read_prompts(args) if args.prompts else []
-    # A drawn sequence makes max_new_tokens up to rounding, and the last round may look K further.
+    # Forced rounds make max_new_tokens up to one round, and the last of them drafts K more.
     length = max([PROMPT + args.max_new_tokens + 2 * max(args.speculate_k) + max(ROWS), *(len(p) + args.max_new_tokens for p in prompts)])
     context = min(c.max_seq_len for c in configs)
     if length > context:
         raise UserError(f"the models' context of {context} tokens is too short for {length}; lower --max_new_tokens or --speculate_k")
     capacity = power_of_two(length)
-    copies = 1 + (2 + bool(args.judge)) * len(args.speculate_k) if prompts else 1
+    copies = 2 + (1 + bool(args.judge)) * len(args.speculate_k) if prompts else 1
     check_memory(skeletons, capacity, copies + bool(args.peer), args.device)
     head = None
     if args.judge:
