@@ -78,7 +78,7 @@ def find(name: str, quant: str | None, flag: str) -> Source:
     if quant:
         if importlib.util.find_spec("linear") is None:
             raise UserError(f"--{flag}_quant {quant}: this version has no quantized layers (linear.py); leave the flag out")
-        config["quantization"] = {"mode": quant, "group_size": 128}
+        config["quantization"] = {"mode": quant, "group_size": 128 if quant == "int4" else None}
     return Source(name, config, None)
 
 
@@ -94,19 +94,23 @@ def made_on(device, dtype):
         torch.set_default_dtype(before)
 
 
-def tensors(model: Transformer) -> dict[str, Tensor]:
-    """All weights by name, quantized ones and their scales included, a tied one once."""
-    return {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()]}
-
-
 def size(*many: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in many)
 
 
 def skeleton(source: Source, dtype) -> Transformer:
-    """The model without memory for its weights, to count with."""
+    """The model without memory for its weights, to count with: quantized layers may be packed in other ways once they have some."""
     with made_on("meta", dtype):
         return Transformer(ModelConfig.from_dict(source.config, source.name))
+
+
+def describe(source: Source, dtype) -> dict:
+    """What the model is and the bytes it takes, and reads in a pass: all weights but an embedding of its own, of which that is one row a token."""
+    model, plain = skeleton(source, dtype), skeleton(Source(source.name, source.config | {"quantization": None}, None), dtype)
+    weights = size(*model.parameters(), *model.buffers())
+    return {"name": source.name, "weights": "real" if source.directory else "dummy", "quant": (source.config.get("quantization") or {}).get("mode"),
+            "parameters": sum(p.numel() for p in plain.parameters()), "bytes": weights,
+            "bytes_read": weights - (0 if model.config.tied else size(model.embed.weight))}
 
 
 def build(source: Source, device, dtype) -> Transformer:
@@ -115,13 +119,14 @@ def build(source: Source, device, dtype) -> Transformer:
         return load(source.directory, device, dtype)
     with made_on(device, dtype):
         model = Transformer(ModelConfig.from_dict(source.config, source.name))
-    for name, t in tensors(model).items():  # not zeros: multiplying zeros takes less power, so a GPU would clock higher
-        if t.dtype in (torch.int8, torch.uint8, torch.int32):
-            t.random_()
-        elif t.element_size() == 1:  # fp8, in whose bytes only 127 and 255 are not numbers
-            t.view(torch.uint8).random_(0, 127)
-        elif "scale" in name:
-            t.fill_(1e-4)
+    for name, t in model.named_buffers():  # quantized weights; zeros would not do: they take less power, so that a GPU clocks higher
+        if t.element_size() == 1:
+            t.view(torch.uint8).random_(0, 127)  # as fp8, 127 is not a number
+        else:
+            t.fill_(0 if name.endswith("zero") else 1e-4)
+    for module in model.modules():
+        if hasattr(module, "prepare"):  # a quantized layer
+            module.prepare(dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -136,14 +141,12 @@ def free_memory(device: str) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def check_memory(models: dict[str, Transformer], cache_length: int, copies: int, device: str):
-    """Refuse what will not fit, from skeletons, before anything is allocated. `copies`: caches of `cache_length` positions a model has."""
-    weights = {flag: size(*tensors(m).values()) for flag, m in models.items()}
-    cache = copies * sum(size(*m.new_cache(cache_length).kv) for m in models.values())
-    need, free = sum(weights.values()) + cache, free_memory(device)
+def check_memory(models: dict[str, dict], cache: int, device: str):
+    """Refuse what will not fit before anything is allocated; `models` as `describe` gives them, `cache` in bytes."""
+    need, free = sum(m["bytes"] for m in models.values()) + cache, free_memory(device)
     if need > free:
-        parts = ", ".join(f"{flag} {n / 1e9:.1f} GB" for flag, n in weights.items())
-        raise UserError(f"this does not fit: {parts} and caches {cache / 1e9:.1f} GB need {need / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
+        parts = ", ".join(f"{flag} {m['bytes'] / 1e9:.1f} GB" for flag, m in models.items())
+        raise UserError(f"this does not fit: {parts} and caches {cache / 1e9:.1f} GB need at least {need / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; "
                         "take smaller models, --target_quant, --draft_quant or --dtype bfloat16")
 
 
@@ -171,7 +174,7 @@ def interleaved(cases: dict, repeats: int, device) -> dict[str, list[float]]:
 
 def bandwidth(device, repeats: int) -> float:
     """Bytes a second that a sum over an array far larger than the caches reads."""
-    data = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
+    data = torch.ones((1 << 31 if device == "cuda" else 1 << 28) // 4, device=device)
     return size(data) / median(interleaved({"sum": data.sum}, repeats, device)["sum"])
 
 
@@ -274,13 +277,12 @@ def play(engine: Shared, prompt: list[int], counts: list[int]) -> float:
 # ---------------------------------------------------------------- what is measured
 
 @torch.inference_mode()
-def measure_passes(args, target: Transformer, draft: Transformer, head: Judge, caches: dict, read: float) -> dict:
+def measure_passes(args, models: dict, target: Transformer, draft: Transformer, head: Judge, caches: dict, read: float) -> dict:
     """Times of single passes in the middle of the text, in milliseconds, and the share of the read bandwidth that they reach."""
     context = PROMPT + args.max_new_tokens // 2
-    engines = {("decode", "draft"): Verify(caches, draft)}
-    for rows in sorted({*ROWS, *(k + 1 for k in args.speculate_k)}):
+    engines, most = {("decode", "draft"): Verify(caches, draft)}, max(args.speculate_k)
+    for rows in sorted({*ROWS, most + 1}):
         engines["verify", rows] = Verify(caches, target, draft if rows > 1 else None, None, rows - 1)
-    most = max(args.speculate_k)
     engines["judge", most + 1] = Verify(caches, target, draft, head, most)
     for k in args.speculate_k:
         engines["draft", k] = Draft(caches, target, draft, head, k)
@@ -295,10 +297,7 @@ def measure_passes(args, target: Transformer, draft: Transformer, head: Judge, c
     ms = {key: 1e3 * median(s) for key, s in seconds.items()}
 
     def entry(key, model, **more):
-        weights = tensors(model)
-        if not model.config.tied:
-            del weights["embed.weight"]  # of which a pass reads a row a token
-        read_bytes = size(*weights.values(), *caches[model].first(span).kv)
+        read_bytes = models["target" if model is target else "draft"]["bytes_read"] + size(*caches[model].first(span).kv)
         return {**more, "ms": ms[key], "bytes": read_bytes, "fraction_of_bandwidth": read_bytes / (ms[key] / 1e3) / read}
 
     pair = [1e3 * (b - a) for a, b in zip(seconds["verify", most + 1], seconds["judge", most + 1])]
@@ -551,6 +550,7 @@ def check_args(args, most: int):
             (args.peer and importlib.util.find_spec("transformers") is None, "--peer hf needs transformers; pip install transformers"),
             (args.peer and any("quantization" in s.config for s in (args.target, args.draft)), "--peer hf needs checkpoints that are not quantized"),
             (args.plot and importlib.util.find_spec("matplotlib") is None, "--plot needs matplotlib; pip install matplotlib"),
+            (args.device == "cpu" and "fp8" in (args.target_quant, args.draft_quant), "fp8 needs a GPU; take int8 or int4"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this PyTorch sees no CUDA device; use --device cpu"),
     ):
         if bad:
@@ -579,8 +579,9 @@ def read_prompts(args) -> list[list[int]]:
 
 def main(argv=None):
     args = parse_args(argv)
-    skeletons = {"target": skeleton(args.target, args.dtype), "draft": skeleton(args.draft, args.dtype)}
-    configs = [m.config for m in skeletons.values()]
+    models = {"target": describe(args.target, args.dtype), "draft": describe(args.draft, args.dtype)}
+    skeletons = [skeleton(source, args.dtype) for source in (args.target, args.draft)]
+    configs = [m.config for m in skeletons]
     if configs[0].vocab_size != configs[1].vocab_size:
         raise UserError(f"draft {args.draft.name} has a vocabulary of {configs[1].vocab_size} tokens, target {args.target.name} one of "
                         f"{configs[0].vocab_size}; speculation needs the same")
@@ -592,22 +593,21 @@ def main(argv=None):
         raise UserError(f"the models' context of {context} tokens is too short for {length}; lower --max_new_tokens or --speculate_k")
     capacity = power_of_two(length)
     copies = 2 + (1 + bool(args.judge)) * len(args.speculate_k) if prompts else 1
-    check_memory(skeletons, capacity, copies + bool(args.peer), args.device)
+    check_memory(models, (copies + bool(args.peer)) * sum(size(*m.new_cache(capacity).kv) for m in skeletons), args.device)
     head = None
     if args.judge:
         head = Judge.load(args.judge, configs[0].dim, fingerprint(args.target.directory), args.target.name)
     read = bandwidth(args.device, args.repeats)
+    if args.device == "cuda":
+        torch.cuda.empty_cache()  # the array's memory is for the models now
     target, draft = build(args.target, args.device, args.dtype), build(args.draft, args.device, args.dtype)
     dummy = Judge(torch.randn(1, target.config.dim) / math.sqrt(target.config.dim), torch.zeros(1), 0.5, "")  # it costs what any judge costs
     caches = {m: m.new_cache(capacity) for m in (target, draft)}
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads", "torch": torch.__version__,
         "dtype": str(args.dtype).removeprefix("torch."), "compile": args.compile, "repeats": args.repeats, "speculate_k": args.speculate_k,
-        **{flag: {"name": s.name, "weights": "real" if s.directory else "dummy", "quant": (s.config.get("quantization") or {}).get("mode"),
-                  "parameters": sum(t.numel() for t in tensors(m).values()), "bytes": size(*tensors(m).values())}
-           for flag, s, m in (("target", args.target, target), ("draft", args.draft, draft))},
-        "bandwidth_gb_per_sec": read / 1e9,
-        "passes": measure_passes(args, target, draft, dummy, caches, read),
+        **models, "bandwidth_gb_per_sec": read / 1e9,
+        "passes": measure_passes(args, models, target, draft, dummy, caches, read),
         "simulated": measure_simulated(args, target, draft, dummy, caches),
         "real": measure_real(args, target, draft, head, prompts) if prompts else None,
     }
