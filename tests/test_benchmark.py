@@ -25,6 +25,15 @@ SMALL = tiny_config(max_position_embeddings=512, hidden_size=32, num_hidden_laye
 REAL = ["--target", str(DEMO / "target"), "--draft", str(DEMO / "draft"), "--prompts", str(DEMO / "problems.jsonl")]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from more, and beside other work they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def dummy(tmp_path):
     """Flags for two small dummy models."""
