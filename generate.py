@@ -430,7 +430,8 @@ def load_engine(args) -> tuple[Engine, Tokenizer]:
         if args.speculate_k >= context:
             raise UserError(f"--speculate_k is {args.speculate_k}; it must be below the context of {context} tokens")
     if args.judge:
-        head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target))
+        parent = config.quantization and config.quantization.parent
+        head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target), parent)
     target = load(args.target, args.device, args.dtype)
     if args.draft:
         draft = load(args.draft, args.device, args.dtype)
