@@ -16,7 +16,7 @@ from cli import UserError
 kernels = None
 if torch.cuda.is_available():  # elsewhere they would not be used, and Triton takes its time to be imported
     try:
-        import kernels
+        import linear_triton as kernels
     except ImportError:
         pass  # a PyTorch without Triton: weights are widened before each product, right but slow
 
@@ -26,6 +26,7 @@ FP8_MAX = torch.finfo(FP8).max
 # PyTorch's int8 kernel for the CPU wins in bfloat16 up to about this many rows. Its float32 one, like int4's, is a plain loop:
 # 35 times slower at 26 rows than widening the weight and multiplying.
 PACK_ROWS = 8
+BLOCK = 2**20  # weights that the CPU widens at a time: they stay in its cache, where all at once would go to memory and back
 TINY = 1e-8  # least scale, so that a row of zeros does not divide by zero
 
 
@@ -51,6 +52,17 @@ class QuantizedLinear(nn.Module):
         """Called once when the tensors are in place, with the activations' dtype: a layout that a kernel wants is made here."""
 
 
+@torch.library.custom_op("judge::int8_blocks", mutates_args=())
+def int8_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, in] times int8 [out, in], without scales -> [M, out]. One op, so that a compiled graph does not grow with the blocks."""
+    return torch.cat([F.linear(x, rows.to(x.dtype)) for rows in weight.split(max(1, BLOCK // weight.shape[1]))], dim=1)
+
+
+@int8_blocks.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
 class Int8Linear(QuantizedLinear):
     """One scale an output: weight int8 [out, in], scale float32 [out], W = weight * scale."""
 
@@ -68,7 +80,9 @@ class Int8Linear(QuantizedLinear):
             return kernels.int8_matmul(x, self.weight, self.scale)
         if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) <= PACK_ROWS and x.shape[1] % 16 == 0:  # else it reads out of bounds
             return torch._weight_int8pack_mm(x, self.weight, self.scale.to(x.dtype))
-        return (F.linear(x, self.weight.to(x.dtype)) * self.scale).to(x.dtype)
+        in_blocks = x.device.type == "cpu" and self.weight.numel() > BLOCK
+        y = int8_blocks(x, self.weight) if in_blocks else F.linear(x, self.weight.to(x.dtype))
+        return (y * self.scale).to(x.dtype)
 
 
 class Int4Linear(QuantizedLinear):
@@ -157,8 +171,9 @@ class Quantization:
         """None for a checkpoint that is not quantized; raises UserError for what this version does not know."""
         if value is None:
             return None
-        mode, group_size = (value.get("mode"), value.get("group_size")) if isinstance(value, dict) else (value, None)
-        if mode not in MODES:
+        value = value if isinstance(value, dict) else {}
+        mode, group_size = value.get("mode"), value.get("group_size")
+        if mode not in tuple(MODES):
             raise UserError(f"{where}: quantization mode {mode!r} is not known (known: {', '.join(MODES)}); quantize again with quantize.py")
         if group_size not in (GROUP_SIZES if mode == "int4" else (None,)):
             raise UserError(f"{where}: group size {group_size!r} with {mode} is not implemented; quantize again with quantize.py")

@@ -1,4 +1,4 @@
-"""linear.py, kernels.py and quantize.py: each mode against float64, and a quantized checkpoint wherever a plain one goes."""
+"""linear.py, linear_triton.py and quantize.py: each mode against float64, and a quantized checkpoint wherever a plain one goes."""
 import json
 import os
 import shutil
@@ -103,6 +103,15 @@ def test_widths_that_a_kernel_might_not_take(name, n_in):
         assert error(layer(x), x.double() @ W.T) < BOUND[torch.bfloat16]
 
 
+def test_a_weight_that_is_widened_in_blocks(monkeypatch):
+    monkeypatch.setattr(linear, "BLOCK", 1000)
+    for dtype, bound in BOUND.items():
+        layer, _ = layer_of("int8", 96, 101)
+        x = torch.randn(26, 96).to(dtype)
+        assert error(layer(x), x.double() @ dense(layer).T) < bound
+        assert error(torch.compile(layer, fullgraph=True, dynamic=False)(x), x.double() @ dense(layer).T) < bound
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_rows_of_zeros_and_of_one_value(name):
     layer, _ = layer_of(name, 256, 16)
@@ -128,7 +137,7 @@ def test_tensors_can_be_sliced_along_both_dimensions(name):
 INTERPRETER = """
 import torch
 from test_quantize import LAYERS, dense, error, layer_of
-import kernels
+import linear_triton
 for kind in (torch.float32, torch.float16) if not torch.cuda.is_available() else (torch.float32, torch.bfloat16):
     bound, device = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}[kind], "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("int8", "int4 32", "int4 128"):
@@ -138,7 +147,7 @@ for kind in (torch.float32, torch.float16) if not torch.cuda.is_available() else
             for rows in (1, 17, 26, 64):
                 x = torch.randn(rows, n_in).to(kind)
                 xd = x.to(device)
-                y = kernels.int8_matmul(xd, layer.weight, layer.scale) if name == "int8" else kernels.int4_matmul(xd, layer.weight, layer.scale, layer.zero)
+                y = linear_triton.int8_matmul(xd, layer.weight, layer.scale) if name == "int8" else linear_triton.int4_matmul(xd, layer.weight, layer.scale, layer.zero)
                 assert y.dtype == kind and error(y, x.double() @ W.T) < bound, (name, kind, n_in, n_out, rows, error(y, x.double() @ W.T))
 print("right")
 """
@@ -191,7 +200,7 @@ def text(model, draft=None, k=5):
     return generate(Engine(model, draft, accept="standard", speculate_k=k), [5, 9, 17, 3], 40).tokens
 
 
-@pytest.mark.parametrize("config,mode", cases())
+@pytest.mark.parametrize("config,mode", [*cases()])
 def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
     plain = random_model(config, seed=1, scale=0.1)
     source = save_checkpoint(tmp_path / "m", plain, config)
@@ -229,8 +238,7 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
 real = quantize.write_weights
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("mode,dtype", [("int8", torch.float32), ("int8", torch.bfloat16), ("int4", torch.float32), ("int4", torch.bfloat16), ("fp8", torch.float32)])
 def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere, mode, dtype):
     config = CONFIG | dict(num_hidden_layers=1)
     out = run_main(monkeypatch, save_checkpoint(tmp_path / "m", random_model(config), config), tmp_path / "q", "--mode", mode,
@@ -239,11 +247,10 @@ def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere,
     assert model.norm.weight.dtype == dtype and model.layers[0].attn.wo.bias is None
     compiled = torch.compile(G.verify, fullgraph=True, dynamic=False)
     head = Judge(torch.randn(1, 128), torch.zeros(1), 0.5, "test")
-    for rows in (26,):
-        args = model, head, torch.arange(rows), torch.arange(rows), model.new_cache(64)
-        with torch.inference_mode():
-            for got, want in zip(compiled(*args), G.verify(*args)):
-                assert error(got, want.double()) < (1e-5 if dtype == torch.float32 and mode != "fp8" else 0.02)
+    args = model, head, torch.arange(26), torch.arange(26), model.new_cache(64)
+    with torch.inference_mode():
+        for got, want in zip(compiled(*args), G.verify(*args)):
+            assert error(got, want.double()) < (1e-5 if dtype == torch.float32 and mode != "fp8" else 0.02)  # fp8: activations that round the other way
 
 
 def test_the_judge_of_the_parent_and_of_the_child(tmp_path, monkeypatch):
@@ -365,7 +372,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 @pytest.mark.parametrize("mode,damage,message", [
     ("int8", lambda d: edit_config(d, quantization={"mode": "nf4"}), "quantization mode 'nf4' is not known"),
-    ("int8", lambda d: edit_config(d, quantization="int8"), "quantization mode 'int8' is not known"),
+    ("int8", lambda d: edit_config(d, quantization="int8"), "quantization mode None is not known"),
     ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 48}), "group size 48"),
     ("int8", lambda d: edit_config(d, quantization=None), "scale has no place"),
     ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 32}), "has shape|is missing"),
