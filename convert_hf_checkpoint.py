@@ -12,17 +12,20 @@ import ctypes
 import json
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import tiktoken
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError, check_writable, replacing, run
 from model import DTYPES, ModelConfig, Transformer, open_weights, read_json, weight_files
 
 SHARD_BYTES = 5 * 1024**3
+FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
 COPIED = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 TOP = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "output.weight": "lm_head.weight"}
@@ -41,8 +44,8 @@ def sources(name: str) -> list[str]:
     return [f"model.layers.{layer}.{theirs}.{kind}" for theirs in LAYER[module]]
 
 
-def plan(checkpoint_dir, config: ModelConfig) -> dict[str, tuple[torch.Size, list]]:
-    """Our tensors: name -> (shape, [(open file, its tensor's name) of each part]), checked to the last one before anything is written."""
+def plan(checkpoint_dir, config: ModelConfig, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype, Iterator[Tensor]]]:
+    """Our tensors: name -> (shape, dtype, its parts, read when asked for), checked to the last one before anything is written."""
     files = {name: f for path in weight_files(checkpoint_dir) for f in [open_weights(path)] for name in f.keys()}
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
@@ -60,7 +63,7 @@ def plan(checkpoint_dir, config: ModelConfig) -> dict[str, tuple[torch.Size, lis
                 raise UserError(f"{checkpoint_dir}: weight {name} has shape {info.get_shape()}, config.json says {part}")
             if info.get_dtype() not in ("BF16", "F16", "F32"):  # an integer or 8-bit weight means nothing without its scales
                 raise UserError(f"{checkpoint_dir}: weight {name} is {info.get_dtype()}; get the checkpoint that is not quantized")
-        wanted[ours] = shape, [(files[name], name) for name in names]
+        wanted[ours] = shape, dtype, read_parts([(files[name], name) for name in names], dtype)
         used.update(names)
     if config.tied:
         used.add("lm_head.weight")  # a copy of the embedding, if there at all
@@ -69,41 +72,47 @@ def plan(checkpoint_dir, config: ModelConfig) -> dict[str, tuple[torch.Size, lis
     return wanted
 
 
-def write_safetensors(path, tensors: dict, dtype: torch.dtype, progress):
+def read_parts(parts: list, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Each (open file, its tensor's name) as a tensor of `dtype`."""
+    for file, name in parts:
+        yield file.get_tensor(name).to(dtype)
+
+
+def write_safetensors(path, tensors: dict, progress):
     """Write planned tensors one by one: header length, JSON header, then the bytes of each part as it is read.
 
     Parts are joined along the rows, so their bytes just follow each other and a joined tensor is never in memory.
     """
     header, at = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, _) in tensors.items():
+    for name, (shape, dtype, _) in tensors.items():
         end = at + shape.numel() * dtype.itemsize
-        header[name] = {"dtype": {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": FORMATS[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        for _, parts in tensors.values():
-            for file, name in parts:
-                data = file.get_tensor(name).to(dtype).contiguous()
+        for _, _, parts in tensors.values():
+            for data in parts:
+                data = data.contiguous()
                 f.write((ctypes.c_ubyte * data.nbytes).from_address(data.data_ptr()))  # the tensor's own memory, no copy
                 del data  # or it would live on while the next is made
             progress.update()
 
 
-def write_weights(wanted: dict, out: Path, dtype: torch.dtype, shard_bytes=SHARD_BYTES):
+def write_weights(wanted: dict, out: Path, shard_bytes=SHARD_BYTES):
     """Write the planned tensors into `out`: one file, or numbered shards of at most `shard_bytes` (or one tensor) and their index."""
     shards, size, total = [{}], 0, 0
-    for name, (shape, parts) in wanted.items():
+    for name, (shape, dtype, parts) in wanted.items():
         n = shape.numel() * dtype.itemsize
         if shards[-1] and size + n > shard_bytes:
             shards, size = shards + [{}], 0
-        shards[-1][name] = shape, parts
+        shards[-1][name] = shape, dtype, parts
         size, total = size + n, total + n
     files = ["model.safetensors"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    with tqdm(total=len(wanted), unit="tensor", desc="converting", disable=None) as progress:  # None: no bar in a log file
+    with tqdm(total=len(wanted), unit="tensor", desc="writing", disable=None) as progress:  # None: no bar in a log file
         for file, tensors in zip(files, shards):
-            write_safetensors(out / file, tensors, dtype, progress)
+            write_safetensors(out / file, tensors, progress)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": {name: file for file, tensors in zip(files, shards) for name in tensors}}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -250,11 +259,11 @@ def main():
     check_writable(out)
     hf = read_json(source / "config.json")
     config = ModelConfig.from_dict(hf, source / "config.json")
-    wanted, tokenizer = plan(source, config), convert_tokenizer(source)
+    wanted, tokenizer = plan(source, config, DTYPES[args.dtype]), convert_tokenizer(source)
     with replacing(out) as tmp:
         tmp.mkdir()
         try:
-            write_weights(wanted, tmp, DTYPES[args.dtype])
+            write_weights(wanted, tmp)
         except SafetensorError as e:
             raise UserError(f"the weights of {source} cannot be read ({e}); fetch them again") from None
         for name, data in tokenizer.items():
@@ -264,7 +273,7 @@ def main():
                 shutil.copyfile(source / name, tmp / name)
         hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}  # transformers 5 writes the second
         (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    print(f"{source} -> {out}: {sum(shape.numel() for shape, _ in wanted.values()):,} parameters in {args.dtype}")
+    print(f"{source} -> {out}: {sum(shape.numel() for shape, _, _ in wanted.values()):,} parameters in {args.dtype}")
 
 
 if __name__ == "__main__":

@@ -449,7 +449,8 @@ def load_engine(args) -> tuple[Engine, Tokenizer]:
         if args.speculate_k >= context:
             raise UserError(f"--speculate_k is {args.speculate_k}; it must be below the context of {context} tokens")
     if args.judge:
-        head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target))
+        parent = config.quantization and config.quantization.parent
+        head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target), parent)
     if tp.world() > 1:
         tp.check(config, args.target)
         args.device = tp.start(args.device)

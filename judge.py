@@ -112,8 +112,13 @@ class Judge:
             tmp.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
 
     @classmethod
-    def load(cls, path, dim: int, target: str, target_name: str):
-        """Read a judge file for the target of width `dim` and fingerprint `target`; anything else is refused by name."""
+    def load(cls, path, dim: int, target: str, target_name: str, parent: str | None = None):
+        """Read a judge file for the target of width `dim` and fingerprint `target`; anything else is refused by name.
+
+        `parent` is the fingerprint of the checkpoint that the target was quantized from, if it was: that one's judge is
+        taken as well, for the hidden states differ by rounding only. One trained on the quantized target itself fits
+        closer; it is not taken for the parent, nor for another quantization of it.
+        """
         with open_weights(path) as f:
             meta = f.metadata() or {}
             if meta.get("format") != FORMAT or sorted(f.keys()) != ["bias", "weight"]:
@@ -122,7 +127,7 @@ class Judge:
         if judge.weight.shape != (1, dim):
             raise UserError(f"judge {path} is for a target of width {judge.weight.shape[-1]}, but {target_name} has width {dim}; "
                             "train one for this target with train_judge.py")
-        if judge.target != target:
+        if judge.target not in (target, parent):
             raise UserError(f"judge {path} was trained on target {judge.target}, but {target_name} is {target}; "
                             "train one for this target with train_judge.py")
         return judge

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cli import UserError
+from linear import Quantization, QuantizedLinear, head, linear
 
 ARCHITECTURES = {  # Hugging Face's class: whether q, k and v have a bias when config.json does not say
     "LlamaForCausalLM": False,
@@ -43,6 +44,7 @@ class ModelConfig:
     tied: bool
     qkv_bias: bool
     eos_ids: tuple[int, ...]
+    quantization: Quantization | None = None  # of the linear layers, see linear.py
 
     @classmethod
     def from_dict(cls, hf: dict, where="config.json"):
@@ -73,7 +75,8 @@ class ModelConfig:
             ffn_dim=need("intermediate_size"), norm_eps=need("rms_norm_eps"), rope_theta=theta, rope_scaling=scaling,
             max_seq_len=min(max_seq_len, window or max_seq_len), sliding_window=window,
             tied=bool(hf.get("tie_word_embeddings", False)), qkv_bias=ARCHITECTURES[arch],
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            quantization=Quantization.from_dict(hf.get("quantization"), where))
         if config.n_head % config.n_kv_head:
             raise UserError(f"{where}: num_attention_heads {n_head} is not a multiple of num_key_value_heads {config.n_kv_head}")
         return config
@@ -122,8 +125,8 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
-        self.wqkv = nn.Linear(c.dim, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
-        self.wo = nn.Linear(c.n_head * c.head_dim, c.dim, bias=False)
+        self.wqkv = linear(c.quantization, c.dim, (c.n_head + 2 * c.n_kv_head) * c.head_dim, bias=c.qkv_bias)
+        self.wo = linear(c.quantization, c.n_head * c.head_dim, c.dim)
 
     def forward(self, x: Tensor, pos: Tensor, kv: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
@@ -140,8 +143,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.w13 = nn.Linear(c.dim, 2 * c.ffn_dim, bias=False)  # gate and up projection in one
-        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
+        self.w13 = linear(c.quantization, c.dim, 2 * c.ffn_dim)  # gate and up projection in one
+        self.w2 = linear(c.quantization, c.ffn_dim, c.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -184,7 +187,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = head(None if config.tied else config.quantization, config.dim, config.vocab_size)
         if config.tied:
             self.output.weight = self.embed.weight
 
@@ -265,9 +268,13 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer, 
     `build(config)` and `read(file, name)` make another model of it, such as a share of it.
     """
     files = weight_files(checkpoint_dir)
+    config = ModelConfig.from_dir(checkpoint_dir)
+    if config.quantization:
+        config.quantization.check_device(device, checkpoint_dir)
     with torch.device("meta"):
-        model = build(ModelConfig.from_dir(checkpoint_dir))
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+        model = build(config)
+    quantized = {name: b.dtype for name, b in model.named_buffers()}  # these have a dtype of their own
+    shapes = {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
     weights = {}
     for path in files:
         with open_weights(path, device) as f:
@@ -275,17 +282,23 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer, 
                 if name.startswith("model."):
                     raise UserError(f"{checkpoint_dir} is a Hugging Face checkpoint; convert it first: python "
                                     f"convert_hf_checkpoint.py --checkpoint_dir {checkpoint_dir} --out DIR")
-                weights[name] = read(f, name).to(dtype)
+                tensor = read(f, name)
+                weights[name] = tensor if name in quantized else tensor.to(dtype)
     for name, shape in shapes.items():
         if name not in weights:
             raise UserError(f"{checkpoint_dir}: weight {name} is missing")
         if weights[name].shape != shape:
             raise UserError(f"{checkpoint_dir}: weight {name} has shape {list(weights[name].shape)}, config.json says {list(shape)}")
+        if name in quantized and weights[name].dtype != quantized[name]:
+            raise UserError(f"{checkpoint_dir}: weight {name} is {weights[name].dtype}, config.json says {quantized[name]}; quantize again")
     if extra := sorted(weights.keys() - shapes.keys()):
         raise UserError(f"{checkpoint_dir}: weight {extra[0]} has no place in this architecture")
     model.load_state_dict(weights, assign=True, strict=False)  # the names were checked above; tied weights have one name
     if model.config.tied:
         model.output.weight = model.embed.weight
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare(dtype)
     return model.requires_grad_(False).eval()
 
 

@@ -114,12 +114,11 @@ def test_shards_and_dtypes(tmp_path, kind):
     hf_directory(tmp_path / "hf", "llama")
     weights = {name: w.clone().to(getattr(torch, kind)) for name, w in load_file(tmp_path / "hf" / "model.safetensors").items()}
     save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, tmp_path / "hf" / "model.safetensors")
-    wanted = plan(tmp_path / "hf", ModelConfig.from_dir(tmp_path / "hf"))
     for dtype in (torch.bfloat16, torch.float32):
         out = tmp_path / str(dtype)
         out.mkdir()
         shutil.copy(tmp_path / "hf" / "config.json", out)
-        write_weights(wanted, out, dtype, shard_bytes=100_000)
+        write_weights(plan(tmp_path / "hf", ModelConfig.from_dir(tmp_path / "hf"), dtype), out, shard_bytes=100_000)
         files = sorted(out.glob("*.safetensors"))
         assert len(files) > 2 and files[-1].name == f"model-{len(files):05}-of-{len(files):05}.safetensors"
         index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -366,7 +365,7 @@ def watch():
         peak = max(peak, anonymous())
 thread = threading.Thread(target=watch)
 thread.start()
-write_weights(plan(source, config), out, getattr(torch, sys.argv[3]), shard_bytes=40_000_000)
+write_weights(plan(source, config, getattr(torch, sys.argv[3])), out, shard_bytes=40_000_000)
 done.set(), thread.join()
 print(peak - start)
 """
