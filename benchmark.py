@@ -28,6 +28,7 @@ from torch import Tensor
 from cli import UserError, check_writable, replacing, run
 from generate import Engine, generate, power_of_two
 from judge import Judge
+from linear import QuantizedLinear
 from model import DTYPES, ModelConfig, Transformer, fingerprint, load, read_json
 from tokenizer import Tokenizer
 
@@ -76,8 +77,6 @@ def find(name: str, quant: str | None, flag: str) -> Source:
         raise UserError(f"--{flag} {name} is no preset ({', '.join(PRESETS)}), no checkpoint directory and no config.json")
     config = dict(PRESETS[name] if name in PRESETS else read_json(path))
     if quant:
-        if importlib.util.find_spec("linear") is None:
-            raise UserError(f"--{flag}_quant {quant}: this version has no quantized layers (linear.py); leave the flag out")
         config["quantization"] = {"mode": quant, "group_size": 128 if quant == "int4" else None}
     return Source(name, config, None)
 
@@ -125,7 +124,7 @@ def build(source: Source, device, dtype) -> Transformer:
         else:
             t.fill_(0 if name.endswith("zero") else 1e-4)
     for module in model.modules():
-        if hasattr(module, "prepare"):  # a quantized layer
+        if isinstance(module, QuantizedLinear):
             module.prepare(dtype)
     return model.requires_grad_(False).eval()
 
@@ -355,7 +354,8 @@ def measure_real(args, target: Transformer, draft: Transformer, head: Judge | No
 
     calls = {name: lambda prompt, e=e: ours(e, prompt) for name, e in engines.items()}
     if args.peer:
-        calls |= hf_peer(args, target, draft)
+        import hf_peer  # not needed without
+        calls |= hf_peer.calls(target, draft, [args.target.config, args.draft.config], args.speculate_k, args.max_new_tokens)
     rows = {name: [] for name in calls}
     for i, prompt in enumerate([prompts[0], *prompts]):
         for name, call in calls.items():
@@ -370,50 +370,6 @@ def measure_real(args, target: Transformer, draft: Transformer, head: Judge | No
         "variant": name, "tokens_per_sec": median(r[0] for r in row), "speed_up": median(r[0] / b[0] for r, b in zip(row, base)),
         "mean_accepted": mean(r[1] for r in row) if "K=" in name and row[0][1] is not None else None,
         "same_tokens_as_target": sum(r[2] == b[2] for r, b in zip(row, base)), "tokens": [r[2] for r in row]} for name, row in rows.items()]}
-
-
-# ---------------------------------------------------------------- Hugging Face
-
-def to_hf(model: Transformer, config: dict):
-    """transformers' model of the same architecture on the same weights: views of ours, so that it takes no memory of its own."""
-    import transformers
-    c, kind = model.config, getattr(transformers, config["architectures"][0])
-    # Without end tokens nothing stops early and nothing is forbidden, so that lengths are equal and tokens can be.
-    hf_config = kind.config_class(**config | {"eos_token_id": None, "pad_token_id": 0})
-    with made_on("meta", model.norm.weight.dtype):
-        theirs = kind(hf_config)
-    ours, state = model.state_dict(), {}
-    split = {"attn.wqkv": ([f"self_attn.{x}_proj" for x in "qkv"], [c.n_head * c.head_dim, *[c.n_kv_head * c.head_dim] * 2]),
-             "ffn.w13": (["mlp.gate_proj", "mlp.up_proj"], [c.ffn_dim] * 2), "attn.wo": (["self_attn.o_proj"], [c.dim]), "ffn.w2": (["mlp.down_proj"], [c.dim]),
-             "attn_norm": (["input_layernorm"], [c.dim]), "ffn_norm": (["post_attention_layernorm"], [c.dim])}
-    for name, tensor in ours.items():
-        if name.startswith("layers."):
-            _, i, rest = name.split(".", 2)
-            module, what = rest.rsplit(".", 1)
-            names, rows = split[module]
-            state |= {f"model.layers.{i}.{n}.{what}": part for n, part in zip(names, tensor.split(rows))}
-    state |= {"model.embed_tokens.weight": ours["embed.weight"], "model.norm.weight": ours["norm.weight"], "lm_head.weight": ours["output.weight"]}
-    theirs.load_state_dict(state, assign=True)
-    with model.norm.weight.device:
-        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(hf_config)  # its table is no weight, so it was still on meta
-    return theirs.requires_grad_(False).eval()
-
-
-def hf_peer(args, target: Transformer, draft: Transformer) -> dict:
-    """`generate` as transformers ships it (eager, dynamic cache), alone and assisted with the same constant K."""
-    theirs, assistant = to_hf(target, args.target.config), to_hf(draft, args.draft.config)
-
-    def call(prompt, k):
-        ids, more = torch.tensor([prompt], device=args.device), {}
-        if k:
-            settings = assistant.generation_config
-            settings.num_assistant_tokens, settings.num_assistant_tokens_schedule, settings.assistant_confidence_threshold = k, "constant", 0.0
-            more = {"assistant_model": assistant}
-        n = args.max_new_tokens
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0, **more)
-        return out[0, len(prompt):].tolist(), None
-
-    return {"hf target": lambda prompt: call(prompt, 0)} | {f"hf assisted K={k}": lambda prompt, k=k: call(prompt, k) for k in args.speculate_k}
 
 
 # ---------------------------------------------------------------- what is shown

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import benchmark as B
+import hf_peer
 from cli import UserError
 from generate import Engine, generate
 from helpers import random_model, save_checkpoint, tiny_config
@@ -136,7 +137,7 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
     for i, config in enumerate((target, draft)):
         save_checkpoint(tmp_path / str(i), random_model(config, seed=i), config)
         models.append(B.build(B.find(str(tmp_path / str(i)), None, "target"), "cpu", torch.float32))
-    theirs = B.to_hf(models[0], target)
+    theirs = hf_peer.to_hf(models[0], target)
     assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == models[0].layers[1].ffn.w13.weight[96:].data_ptr()  # shared, not copied
     args = SimpleNamespace(speculate_k=[1, 5], max_new_tokens=24, device="cpu", compile=False, peer="hf", target=SimpleNamespace(config=target),
                            draft=SimpleNamespace(config=draft))
