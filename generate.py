@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -426,6 +427,8 @@ def check_args(args):
             (args.accept == "standard" and threshold is not None, "--threshold has no meaning for --accept standard"),
             (args.accept == "judge" and threshold is not None and not 0 <= threshold <= 1, f"--threshold is {threshold}; for the judge it must be from 0 to 1"),
             (args.accept == "topk" and (threshold is None or threshold < 1 or threshold % 1), "--accept topk needs --threshold K, a whole number of at least 1"),
+            (args.compile and args.device == "cpu" and not any(map(shutil.which, (*os.environ.get("CXX", "g++").split()[:1], "clang++", "c++", "cl"))),
+             "--compile on a CPU needs a C++ compiler, and none is on the PATH; install g++ or leave --compile out"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this PyTorch sees no CUDA device; use --device cpu"),
     ):
         if bad:

@@ -82,3 +82,9 @@ def test_command_line():
                            "Question: Mira has 5 pens.", "--max_new_tokens", "20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.index("warm-up: ") < done.stderr.index("tokens/s")
+
+
+def test_without_a_compiler_one_line(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--target", ROOT / "checkpoints/demo/draft", "--device", "cpu", "--compile", "--prompt", "x"],
+                          capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.startswith("error: --compile on a CPU needs a C++ compiler") and done.stderr.count("\n") == 1

@@ -93,7 +93,7 @@ def test_logits_after_conversion(tmp_path, name):
     assert done.returncode == 0, done.stderr
     ids = torch.randint(0, 400, (1, 100), generator=torch.Generator().manual_seed(1))
     ours = load(tmp_path / "ours", dtype=torch.float32)
-    logits, _ = ours(ids, torch.arange(100), 100, ours.new_cache(100))
+    logits, _ = ours(ids, torch.arange(100), ours.new_cache(100))
     torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["torch_dtype"] == "float32"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "ours"]

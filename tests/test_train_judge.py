@@ -106,7 +106,7 @@ def test_features_are_the_hidden_states_at_the_tokens_own_positions(homes):  # n
     prompt, (answer, offsets) = t.encode("the cat"), t.encode_with_offsets(" Hello 12 cats", continuation=True)
     kept = label_tokens(offsets, [7, 9])
     ids = prompt + answer
-    hidden = target.features(torch.tensor([ids]), torch.arange(len(ids)), len(ids), target.new_cache(len(ids)))[0]
+    hidden = target.features(torch.tensor([ids]), torch.arange(len(ids)), target.new_cache(len(ids)))[0]
     torch.testing.assert_close(x[:len(kept)], hidden[len(prompt):len(prompt) + len(kept)], atol=1e-4, rtol=1e-4)
     assert y.tolist()[:len(kept)] == kept and 0 in kept and owner.tolist() == [0] * len(kept) + [1] * (len(y) - len(kept))
     with pytest.raises(UserError, match="x: prompt and answer have .* the context is 128"):
