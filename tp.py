@@ -108,6 +108,8 @@ def share(config: ModelConfig) -> Transformer:
                                 vocab_size=config.vocab_size // n))
     model.config.vocab_size = config.vocab_size  # of the logits that come out
     model.embed = VocabEmbedding(config.vocab_size // n, config.dim)
+    if config.tied:
+        model.output.weight = model.embed.weight
     for layer in model.layers:
         for last in (layer.attn.wo, layer.ffn.w2):
             last.register_forward_hook(lambda module, args, out: sum_over_ranks(out))

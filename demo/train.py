@@ -36,7 +36,7 @@ SIZES = {
 MISTAKES = {"target": 0.025, "draft": 0.0}  # share of the words that could be got wrong and are, to be taken back
 WEIGHTS = {  # documents of each task
     "target": {"maths": 2, "code": 1.4, "facts": 1, "drill": 0.3, "lookups": 0.6},
-    "draft": {"maths": 5, "code": 1.3, "facts": 1.5, "drill": 0.7},
+    "draft": {"maths": 2.2, "code": 1.5, "facts": 4, "lookups": 2},
 }
 
 

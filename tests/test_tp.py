@@ -28,7 +28,7 @@ def torchrun(script, *args, n=2):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
-@pytest.mark.parametrize("args", [ALONE, STANDARD, JUDGE, (*JUDGE, "--compile"), (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
+@pytest.mark.parametrize("args", [ALONE, STANDARD, JUDGE, (*JUDGE, "--compile", "--speculate_k", "3", "--max_new_tokens", "12"), (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
                          ids=["target", "standard", "judge", "judge-compiled", "sampled"])
 def test_two_processes_say_what_one_says(args, tmp_path):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
