@@ -10,7 +10,7 @@ import re
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod, ast.FloorDiv: operator.floordiv,
              ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
              ast.USub: operator.neg, ast.Not: operator.not_}
-STEPS, SIZE = 5_000, 10**9  # steps of one call; the largest number, and list length, that may occur
+STEPS, SIZE, LENGTH = 5_000, 10**9, 10**5  # steps of one call; the largest number and the longest list that may occur
 
 
 class Refused(Exception):
@@ -91,7 +91,7 @@ class Interpreter:
 
     def apply(self, op, *operands):
         result = OPERATORS[type(op)](*operands)
-        if (len(result) if isinstance(result, list) else abs(result)) > SIZE:
+        if len(result) > LENGTH if isinstance(result, list) else abs(result) > SIZE:
             raise Refused
         return result
 
