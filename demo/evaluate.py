@@ -32,12 +32,12 @@ def read_problems(limit=None):
     return [p for task in TASKS for p in [q for q in lines if q["task"] == task][:limit]]
 
 
-def load_pair():
-    """(target, draft, judge, tokenizer) of the demo, float32."""
-    target = load(HOME / "target", dtype=torch.float32)
-    draft = load(HOME / "draft", dtype=torch.float32)
-    head = Judge.load(HOME / "judge.safetensors", target.config.dim, fingerprint(HOME / "target"), "the demo target")
-    return target, draft, head, Tokenizer.from_dir(HOME / "target")
+def load_pair(target_dir=HOME / "target", dtype=torch.float32):
+    """(target, draft, judge, tokenizer) of the demo; another target is a quantized one."""
+    target, draft = load(target_dir, dtype=dtype), load(HOME / "draft", dtype=dtype)
+    parent = target.config.quantization and target.config.quantization.parent
+    head = Judge.load(HOME / "judge.safetensors", target.config.dim, fingerprint(target_dir), str(target_dir), parent)
+    return target, draft, head, Tokenizer.from_dir(target_dir)
 
 
 def parse_rule(rule: str) -> tuple[str, float | None]:
@@ -62,9 +62,9 @@ def make_engine(rule: str, target, draft, head=None, **settings) -> Engine:
 
 def answer_all(job):
     """Answers of every rule to a share of the problems: [(rule, task, right, tokens, seconds, rounds, accepted), ...]."""
-    problems, names, speculate_k = job
+    problems, names, speculate_k, *pair = job
     torch.set_num_threads(1)
-    target, draft, head, tokenizer = load_pair()
+    target, draft, head, tokenizer = load_pair(*pair)
     engines = {rule: make_engine(rule, target, draft, head, speculate_k=speculate_k) for rule in names}
     rows = []
     for i, p in enumerate(problems):
@@ -77,6 +77,13 @@ def answer_all(job):
         if i % 20 == 0:
             print(f"{i}/{len(problems)}", file=sys.stderr, flush=True)
     return rows
+
+
+def answer(problems, names, speculate_k, processes, *pair):
+    """`answer_all` shared among processes; `pair` as `load_pair` takes it."""
+    jobs = [(problems[i::processes], names, speculate_k, *pair) for i in range(processes)]
+    with get_context("spawn").Pool(processes) as pool:
+        return sum(pool.map(answer_all, jobs), [])
 
 
 def table(rows, names) -> str:
@@ -109,9 +116,7 @@ def main():
         parse_rule(name)
     if args.json:
         check_writable(args.json)
-    jobs = [(problems[i::args.processes], names, args.speculate_k) for i in range(args.processes)]
-    with get_context("spawn").Pool(args.processes) as pool:
-        rows = sum(pool.map(answer_all, jobs), [])
+    rows = answer(problems, names, args.speculate_k, args.processes)
     text = table(rows, names)
     print(text)
     if args.json:

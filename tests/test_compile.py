@@ -1,16 +1,20 @@
 """Compiled rounds: the same tokens as eager ones, and nothing left to compile after the warm-up."""
 import functools
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch._dynamo
+import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
 from demo.evaluate import make_engine, load_pair, read_problems
 from generate import Engine, generate
 from helpers import random_model, tiny_config
+from linear import DOT_ROWS, Linear
 from test_generate import ROOT, head, models, tokens
 
 
@@ -32,6 +36,23 @@ def test_compiled_demo_pair_gives_the_eager_tokens():
         for prompt in prompts:
             want, got = (generate(e, prompt, 60, tokenizer.eos_ids) for e in (eager, fast))
             assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts, want.sources)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_rows_on_a_cpu_are_dot_products(dtype):
+    """Against float64; and what the rows come from is computed once, not once for each output."""
+    layer, norm = Linear(512, 300, bias=True).to(dtype).requires_grad_(False), torch.nn.RMSNorm(512, dtype=dtype).requires_grad_(False)
+    for rows in (1, 17, 65):
+        torch._dynamo.reset()
+        x = torch.randn(1, rows, 512, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        got, [code] = run_and_get_code(torch.compile(lambda x: layer(norm(x)), fullgraph=True, dynamic=False), x)
+        want = F.linear(norm(x).double(), layer.weight.double(), layer.bias.double())
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+        dots = rows <= DOT_ROWS[dtype]
+        assert ("extern_kernels." in code) != dots
+        loops = re.findall(r"_acc\w*_vec = .*?vec_reduce", code, re.DOTALL)
+        loads = [loop.count("loadu") for loop in loops]
+        assert loads == ([1, 2] if dots else [1])  # the norm's own sum, then of an input and its weight
 
 
 @pytest.mark.parametrize("unroll", [True, False])

@@ -41,6 +41,19 @@ def test_two_processes_say_what_one_says(args, tmp_path):
     assert again.stdout == done.stdout  # one rank speaks
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_target_is_shared_too(mode, tmp_path):
+    subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", DEMO / "target", "--mode", mode, "--out", tmp_path / "q",
+                    *(["--group_size", "64"] if mode == "int4" else [])], check=True, capture_output=True)
+    args = ("--target", tmp_path / "q", *JUDGE[2:], "--speculate_k", "6")
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    subprocess.run([sys.executable, ROOT / "generate.py", *map(str, args), "--json", one], check=True, capture_output=True)
+    done = torchrun(ROOT / "generate.py", *args, "--json", two)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads(one.read_text()), json.loads(two.read_text())
+    assert (two["tokens"], two["sources"]) == (one["tokens"], one["sources"]) and one["mean_accepted"] > 1
+
+
 def in_rank(monkeypatch, r, n=2):
     monkeypatch.setenv("RANK", str(r))
     monkeypatch.setenv("WORLD_SIZE", str(n))

@@ -1,0 +1,65 @@
+"""What quantization costs the demo's target: perplexity on held-out solutions, and right answers alone and with the parent's judge.
+
+    python demo/quantized.py            # 100 problems a task: about 6 minutes on 2 cores
+
+Perplexity is a token's, over right solutions of held-out problems in the target's wordings, prompts not counted. Activations are bfloat16.
+"""
+import argparse
+import math
+import random
+import subprocess
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from cli import run
+from demo.corpus import TASKS, problems, render
+from demo.evaluate import HOME, answer, load_pair, read_problems
+
+MODES = {"bfloat16": None, "int8": ["int8"], "int4 (groups of 128)": ["int4"], "int4 (groups of 32)": ["int4", "--group_size", "32"]}
+
+
+@torch.inference_mode()
+def perplexity(target, tokenizer, count: int) -> float:
+    """Of `count` solutions of each task."""
+    loss = tokens = 0
+    for task in TASKS:
+        for i, p in enumerate(islice(problems(task, "eval"), count)):
+            prompt = tokenizer.encode(p.prompt)
+            answer = tokenizer.encode(render(p.solution, random.Random(i), "target"), continuation=True) + tokenizer.eos_ids[:1]
+            ids = torch.tensor([prompt + answer])
+            logits, _ = target(ids, torch.arange(ids.shape[1]), target.new_cache(ids.shape[1]))
+            loss += F.cross_entropy(logits[0, len(prompt) - 1:-1].float(), ids[0, len(prompt):], reduction="sum").item()
+            tokens += len(answer)
+    return math.exp(loss / tokens)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=100, help="problems of each task (default 100)")
+    args = parser.parse_args()
+    chosen = read_problems(args.limit)
+    print("| target | perplexity | right, alone | right, with the judge | accepted per round |\n|---|---|---|---|---|")
+    for name, mode in MODES.items():
+        with tempfile.TemporaryDirectory() as tmp:
+            where = HOME / "target"
+            if mode:
+                where = Path(tmp) / "target"
+                script = Path(__file__).parents[1] / "quantize.py"
+                subprocess.run([sys.executable, script, "--checkpoint_dir", HOME / "target", "--out", where, "--mode", *mode], check=True, capture_output=True)
+            target, _, _, tokenizer = load_pair(where, torch.bfloat16)
+            value = perplexity(target, tokenizer, args.limit)
+            rows = answer(chosen, ["target", "judge"], 16, 2, where, torch.bfloat16)
+        alone, judged = ([r for r in rows if r["rule"] == rule] for rule in ("target", "judge"))
+        right = [f"{sum(r['right'] for r in rs) / len(rs):.1%}" for rs in (alone, judged)]
+        print(f"| {name} | {value:.4f} | {right[0]} | {right[1]} | {sum(r['accepted'] for r in judged) / sum(r['rounds'] for r in judged):.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
