@@ -245,6 +245,7 @@ def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere,
                    *(["--group_size", "32"] if mode == "int4" else []))
     model = load(out, dtype=dtype)
     assert model.norm.weight.dtype == dtype and model.layers[0].attn.wo.bias is None
+    torch._dynamo.reset()
     compiled = torch.compile(G.verify, fullgraph=True, dynamic=False)
     head = Judge(torch.randn(1, 128), torch.zeros(1), 0.5, "test")
     monkeypatch.setattr(linear, "DOT_WEIGHTS", 0)  # this model's matrices are smaller
