@@ -335,8 +335,11 @@ def measure_simulated(args, target: Transformer, draft: Transformer, head: Judge
     return {"label": SIMULATED, "target_tokens_per_sec": base, "points": points, "best": best}
 
 
-def measure_real(args, target: Transformer, draft: Transformer, head: Judge | None, prompts: list[list[int]]) -> dict:
-    """Real prompts with real acceptance, one prompt a repeat, all variants on it in turns; prefill included, as Hugging Face's time has it too."""
+def measure_real(args, target: Transformer, draft: Transformer, head: Judge | None, prompts: list[list[int]], eos_ids) -> dict:
+    """Real prompts with real acceptance, one prompt a repeat, all variants on it in turns, each to its end token.
+
+    Prefill is included, as Hugging Face's time has it too.
+    """
     engines = {"target": Engine(target)}
     for k in args.speculate_k:
         engines[f"standard K={k}"] = Engine(target, draft, speculate_k=k)
@@ -349,13 +352,13 @@ def measure_real(args, target: Transformer, draft: Transformer, head: Judge | No
 
     def ours(engine, prompt):
         engine.tokens = []  # no prefix is kept: each prompt is read in full
-        r = generate(engine, prompt, args.max_new_tokens)
+        r = generate(engine, prompt, args.max_new_tokens, eos_ids)
         return r.tokens, r.mean_accepted
 
     calls = {name: lambda prompt, e=e: ours(e, prompt) for name, e in engines.items()}
     if args.peer:
         import hf_peer  # not needed without
-        calls |= hf_peer.calls(target, draft, [args.target.config, args.draft.config], args.speculate_k, args.max_new_tokens)
+        calls |= hf_peer.calls(target, draft, [args.target.config, args.draft.config], args.speculate_k, args.max_new_tokens, eos_ids)
     rows = {name: [] for name in calls}
     for i, prompt in enumerate([prompts[0], *prompts]):
         for name, call in calls.items():
@@ -404,7 +407,7 @@ def report(r: dict) -> str:
                       f"{best['speed_up']:.2f}x"])
     lines.append(grid(table))
     if real := r["real"]:
-        lines += ["", f"real acceptance, {real['prompts']} prompts, {real['max_new_tokens']} new tokens each, prefill included"]
+        lines += ["", f"real acceptance, {real['prompts']} prompts, {real['max_new_tokens']} new tokens at most each, prefill included"]
         lines.append(grid([["variant", "tokens/s", "speed-up", "accepted per round", "same text as target"]] + [
             [v["variant"], f"{v['tokens_per_sec']:.1f}", f"{v['speed_up']:.2f}x", "–" if v["mean_accepted"] is None else f"{v['mean_accepted']:.2f}",
              f"{v['same_tokens_as_target']}/{real['prompts']}"] for v in real["variants"]]))
@@ -515,8 +518,8 @@ def check_args(args, most: int):
         check_writable(path)
 
 
-def read_prompts(args) -> list[list[int]]:
-    """`repeats` prompts as token ids, evenly spaced in the file; over again if it holds fewer."""
+def read_prompts(args) -> tuple[list[list[int]], tuple]:
+    """`repeats` prompts as token ids, evenly spaced in the file, over again if it holds fewer; and the end tokens."""
     tokenizer, texts = Tokenizer.from_dir(args.target.directory), []
     if not tokenizer.same_as(Tokenizer.from_dir(args.draft.directory)):
         raise UserError(f"draft {args.draft.name} and target {args.target.name} have different tokenizers; speculation needs the same")
@@ -530,7 +533,8 @@ def read_prompts(args) -> list[list[int]]:
         raise UserError(f'{args.prompts}, line {i}: no JSON object with a "prompt"') from None
     if not texts:
         raise UserError(f"{args.prompts} holds no prompts")
-    return [tokenizer.encode(texts[i * len(texts) // args.repeats if args.repeats <= len(texts) else i % len(texts)]) for i in range(args.repeats)]
+    chosen = [texts[i * len(texts) // args.repeats if args.repeats <= len(texts) else i % len(texts)] for i in range(args.repeats)]
+    return [tokenizer.encode(text) for text in chosen], tokenizer.eos_ids
 
 
 def main(argv=None):
@@ -541,7 +545,7 @@ def main(argv=None):
     if configs[0].vocab_size != configs[1].vocab_size:
         raise UserError(f"draft {args.draft.name} has a vocabulary of {configs[1].vocab_size} tokens, target {args.target.name} one of "
                         f"{configs[0].vocab_size}; speculation needs the same")
-    prompts = read_prompts(args) if args.prompts else []
+    prompts, eos_ids = read_prompts(args) if args.prompts else ([], ())
     # Forced rounds make max_new_tokens up to one round, and the last of them drafts K more.
     length = max([PROMPT + args.max_new_tokens + 2 * max(args.speculate_k) + max(ROWS), *(len(p) + args.max_new_tokens for p in prompts)])
     context = min(c.max_seq_len for c in configs)
@@ -565,7 +569,7 @@ def main(argv=None):
         **models, "bandwidth_gb_per_sec": read / 1e9,
         "passes": measure_passes(args, models, target, draft, dummy, caches, read),
         "simulated": measure_simulated(args, target, draft, dummy, caches),
-        "real": measure_real(args, target, draft, head, prompts) if prompts else None,
+        "real": measure_real(args, target, draft, head, prompts, eos_ids) if prompts else None,
     }
     print(report(result))
     if args.json:

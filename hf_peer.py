@@ -8,7 +8,6 @@ from model import Transformer
 def to_hf(model: Transformer, config: dict):
     """transformers' model of the same architecture on the same weights: views of ours, so that it takes no memory of its own."""
     c, kind = model.config, getattr(transformers, config["architectures"][0])
-    # Without end tokens nothing stops early and nothing is forbidden, so that lengths are equal and tokens can be.
     hf_config = kind.config_class(**config | {"eos_token_id": None, "pad_token_id": 0})
     with torch.device("meta"):
         theirs = kind(hf_config)
@@ -29,8 +28,8 @@ def to_hf(model: Transformer, config: dict):
     return theirs.requires_grad_(False).eval()
 
 
-def calls(target: Transformer, draft: Transformer, configs: list[dict], speculate_k: list[int], max_new_tokens: int) -> dict:
-    """Variant -> a function of a prompt's ids that gives (new tokens, None): alone, and assisted with the same constant K."""
+def calls(target: Transformer, draft: Transformer, configs: list[dict], speculate_k: list[int], max_new_tokens: int, eos_ids) -> dict:
+    """Variant -> a function of a prompt's ids that gives (new tokens, None): alone, and assisted with the same constant K. Ends where ours does."""
     theirs, assistant = (to_hf(model, config) for model, config in zip((target, draft), configs))
 
     def call(prompt, k):
@@ -39,8 +38,8 @@ def calls(target: Transformer, draft: Transformer, configs: list[dict], speculat
             settings = assistant.generation_config
             settings.num_assistant_tokens, settings.num_assistant_tokens_schedule, settings.assistant_confidence_threshold = k, "constant", 0.0
             more = {"assistant_model": assistant}
-        n = max_new_tokens
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=n, min_new_tokens=n, pad_token_id=0, **more)
+        more |= {"eos_token_id": list(eos_ids)} if eos_ids else {}
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0, **more)
         return out[0, len(prompt):].tolist(), None
 
     return {"hf target": lambda prompt: call(prompt, 0)} | {f"hf assisted K={k}": lambda prompt, k=k: call(prompt, k) for k in speculate_k}

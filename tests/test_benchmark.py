@@ -143,13 +143,17 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
                            draft=SimpleNamespace(config=draft))
     prompts = [list(range(3, 20)), list(range(40, 50))]
     yes = Judge(torch.zeros(1, 64), torch.tensor([9.0]), 0.5, "")
-    r = {v["variant"]: v for v in B.measure_real(args, *models, yes, prompts)["variants"]}
+    r = {v["variant"]: v for v in B.measure_real(args, *models, yes, prompts, ())["variants"]}
     assert list(r) == ["target", "standard K=1", "judge K=1", "standard K=5", "judge K=5", "hf target", "hf assisted K=1", "hf assisted K=5"]
     want = [generate(Engine(models[0]), p, 24).tokens for p in prompts]
     for name, v in r.items():
         assert v["tokens_per_sec"] > 0 and v["speed_up"] > 0 and [len(t) for t in v["tokens"]] == [24, 24]
         assert "judge" in name or (v["tokens"] == want and v["same_tokens_as_target"] == 2), name
     assert r["target"]["speed_up"] == 1 and r["target"]["mean_accepted"] is None and r["judge K=5"]["mean_accepted"] > 4
+    end = want[0][10]
+    short = [w[:w.index(end) + 1] if end in w else w for w in want]
+    for v in B.measure_real(args, *models, yes, prompts, (end,))["variants"]:
+        assert "judge" in v["variant"] or v["tokens"] == short, v["variant"]
 
 
 def test_the_demo_pair_with_real_acceptance(capsys):
