@@ -28,7 +28,8 @@ from tokenizer import Stream, Tokenizer
 
 PREFILL_CHUNK = 1024  # prompt tokens read in one pass; bounds the memory of the attention mask
 UNROLL = 64  # draft steps times draft layers up to which a draft is compiled as one graph
-COLORS = {"draft": "\033[32m", "target": "\033[33m", "judge": "\033[1;36m", "topk": "\033[1;36m"}
+COLORS = dict.fromkeys(rules.RULES, "\033[1;36m") | {"draft": "\033[32m", "target": "\033[33m"}
+TYPICAL = 0.09  # epsilon of the typical rule where none is given: Medusa's
 
 
 def power_of_two(length: int) -> int:
@@ -65,35 +66,41 @@ class Settings:
     top_k: int | None
     top_p: float | None
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """What is sampled from."""
+        return rules.probabilities(logits, self.temperature, self.top_k, self.top_p)
 
-def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The next token of logits [..., V] and, when sampling, the probabilities it was drawn from; noise as `judge.sample` takes it."""
-    if s.temperature == 0:
-        return logits.argmax(-1), None
-    p = rules.probabilities(logits, s.temperature, s.top_k, s.top_p)
-    return rules.sample(p, noise), p
+    @property
+    def compares(self) -> bool:
+        """Whether acceptance looks at the draft's distribution, not at its tokens only."""
+        return self.temperature > 0 or self.accept == "kl"
 
 
-def draft_step(draft: Transformer, tokens: Tensor, pos: Tensor, cache: Cache, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One pass of the draft over tokens [S] at pos [S]: the token after them [1] and, when sampling, its distribution [1, V]."""
+def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
+    """The next token of logits [..., V]; noise as `judge.sample` takes it."""
+    return logits.argmax(-1) if s.temperature == 0 else rules.sample(s.probabilities(logits), noise)
+
+
+def draft_step(draft: Transformer, tokens: Tensor, pos: Tensor, cache: Cache, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One pass of the draft over tokens [S] at pos [S]: the token after them [1] and its logits [1, V]."""
     logits, _ = draft(tokens[None], pos, cache)
-    return choose(logits[0, -1:], s, noise)
+    return choose(logits[0, -1:], s, noise), logits[0, -1:]
 
 
 def draft_tokens(step, draft: Transformer, state: Tensor, k: int, cache: Cache, s: Settings, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """k drafted tokens [k] and, when sampling, their distributions [k, V]; noise [k, V]. `step` is `draft_step`, compiled or not.
+    """k drafted tokens [k] and, where acceptance compares them, their logits [k, V]; noise [k, V]. `step` is `draft_step`, compiled or not.
 
     The first step reads the last two tokens: after a round in which all was accepted the draft has not read the last but
     one, after any other it reads it again, so every outcome leaves the same work and no branch.
     """
     tokens, pos = state[:2], state[2] + torch.arange(-2, 0, device=state.device)
-    drafted, distributions = [], []
+    drafted, logits = [], []
     for i in range(k):
-        tokens, q = step(draft, tokens, pos, cache, s, None if noise is None else noise[i:i + 1])
+        tokens, row = step(draft, tokens, pos, cache, s, None if noise is None else noise[i:i + 1])
         pos = pos[-1:] + 1
         drafted.append(tokens)
-        distributions.append(q)
-    return torch.cat(drafted), None if noise is None else torch.cat(distributions)
+        logits.append(row)
+    return torch.cat(drafted), torch.cat(logits) if s.compares else None
 
 
 def verify(target: Transformer, head: Judge | None, tokens: Tensor, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor | None]:
@@ -105,23 +112,27 @@ def verify(target: Transformer, head: Judge | None, tokens: Tensor, pos: Tensor,
     return logits[0], None if head is None else head.scores(hidden[0, 1:])
 
 
-def accept_tokens(logits: Tensor, scores: Tensor | None, drafted: Tensor, q: Tensor | None, left: Tensor, s: Settings, noise: Tensor | None,
-                  uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def accept_tokens(logits: Tensor, scores: Tensor | None, drafted: Tensor, draft_logits: Tensor | None, left: Tensor, s: Settings,
+                  noise: Tensor | None, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """How many of the k drafted tokens to keep [1], at most left [1]; the target's token after them [1]; which passed the standard test [k].
 
-    logits [k + 1, V], scores [k], q [k, V]; noise [1, V] and uniform [k] when sampling.
+    logits [k + 1, V], scores [k], draft_logits [k, V]; noise [1, V] and uniform [k] when sampling.
     """
     rows = logits[:-1]
     if s.temperature == 0:
         passed = rules.standard(rows, drafted)
     else:
-        p = rules.probabilities(logits, s.temperature, s.top_k, s.top_p)
+        p, q = s.probabilities(logits), s.probabilities(draft_logits)
         passed = rules.standard_sampled(p[:-1], q, drafted, uniform)
     mask = passed
     if s.accept == "judge":
         mask = passed | rules.judge(scores, s.threshold)
     elif s.accept == "topk":
         mask = passed | rules.topk(rows, drafted, int(s.threshold))
+    elif s.accept == "typical":
+        mask = passed | rules.typical(rows, drafted, s.threshold)
+    elif s.accept == "kl":
+        mask = passed | rules.kl(rows, draft_logits, s.threshold)
     a = torch.minimum(rules.accepted(mask)[None], left)
     if s.temperature == 0:
         return a, logits.index_select(0, a).argmax(-1), passed
@@ -130,7 +141,7 @@ def accept_tokens(logits: Tensor, scores: Tensor | None, drafted: Tensor, q: Ten
     return a, rules.sample(rules.residual(p.index_select(0, a), q), noise), passed
 
 
-def verify_and_accept(target: Transformer, head: Judge | None, state: Tensor, drafted: Tensor, q: Tensor | None, cache: Cache, s: Settings,
+def verify_and_accept(target: Transformer, head: Judge | None, state: Tensor, drafted: Tensor, draft_logits: Tensor | None, cache: Cache, s: Settings,
                       noise: Tensor | None, uniform: Tensor | None) -> Tensor:
     """The target's half of a round, int64 [2k + 6]: number accepted, the target's token, drafted [k], passed [k], and the new state [4].
 
@@ -140,9 +151,9 @@ def verify_and_accept(target: Transformer, head: Judge | None, state: Tensor, dr
     tokens = torch.cat((last, drafted))
     logits, scores = verify(target, head, tokens, n - 1 + torch.arange(k + 1, device=n.device), cache)
     if k == 0:
-        a, (own, _), passed = torch.zeros_like(n), choose(logits, s, noise), drafted
+        a, own, passed = torch.zeros_like(n), choose(logits, s, noise), drafted
     else:
-        a, own, passed = accept_tokens(logits, scores, drafted, q, left, s, noise, uniform)
+        a, own, passed = accept_tokens(logits, scores, drafted, draft_logits, left, s, noise, uniform)
     return torch.cat((a, own, drafted, passed.long(), tokens.index_select(0, a), own, n + a + 1, left - a - 1))
 
 
@@ -154,7 +165,8 @@ class Engine:
         self.target, self.draft, self.accept = target, draft, accept if draft else "target"
         self.device = target.norm.weight.device
         self.head = head.to(self.device) if accept == "judge" and draft else None
-        threshold = head.threshold if threshold is None and self.head else threshold
+        if threshold is None:
+            threshold = head.threshold if self.head else TYPICAL if accept == "typical" else None
         self.settings = Settings(self.accept, threshold, temperature, top_k, top_p)
         self.speculate_k = speculate_k if draft else 0
         self.rng = torch.Generator(self.device).manual_seed(seed)
@@ -202,7 +214,7 @@ class Engine:
             self.read(self.draft, min(kept, self.draft_len))
         self.target_len = self.draft_len = len(prompt)
         logits = self.target.output(hidden)[0]
-        self.tokens.append(int(self.agree(choose(logits, self.settings, self.noise(1, logits.shape[-1]))[0])))
+        self.tokens.append(int(self.agree(choose(logits, self.settings, self.noise(1, logits.shape[-1])))))
         self.set_state(room - 2)
         return self.tokens[-1]
 
@@ -274,13 +286,13 @@ class Engine:
     def device_round(self, span: int) -> Tensor:
         """Draft, verify, accept, and the next round's state, all on the device: what `verify_and_accept` tells, [2k + 6]."""
         k, s, V = self.speculate_k, self.settings, self.target.config.vocab_size
-        drafted, q, uniform = self.state[:0], None, None
+        drafted, draft_logits, uniform = self.state[:0], None, None
         if k:
-            drafted, q = self.draft_tokens(self.draft_step, self.draft, self.state, k, self.caches[self.draft].first(span), s, self.noise(k, V))
+            drafted, draft_logits = self.draft_tokens(self.draft_step, self.draft, self.state, k, self.caches[self.draft].first(span), s, self.noise(k, V))
             drafted = self.agree(drafted)
             uniform = torch.rand(k, device=self.device, generator=self.rng) if s.temperature else None
         cache = self.caches[self.target].first(span)
-        out = self.agree(self.verify_and_accept(self.target, self.head, self.state, drafted, q, cache, s, self.noise(1, V), uniform))
+        out = self.agree(self.verify_and_accept(self.target, self.head, self.state, drafted, draft_logits, cache, s, self.noise(1, V), uniform))
         self.state.copy_(out[-4:])
         return out
 
@@ -388,7 +400,8 @@ def parse_args(argv=None):
     p.add_argument("--judge", type=Path, help="judge file, from train_judge.py")
     p.add_argument("--prompt", help="the text to continue, or with --chat the user's message")
     p.add_argument("--accept", choices=rules.RULES, help="acceptance rule (default: judge with --judge, else standard)")
-    p.add_argument("--threshold", type=float, help="judge: accept above this probability (default: the judge file's); topk: k")
+    p.add_argument("--threshold", type=float, help="judge: accept above this probability (default: the judge file's); topk: k; typical: epsilon "
+                   f"(default {TYPICAL}); kl: the divergence")
     p.add_argument("--speculate_k", type=int, default=16, help="drafted tokens per round (default 16)")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
@@ -427,6 +440,8 @@ def check_args(args):
             (args.accept == "standard" and threshold is not None, "--threshold has no meaning for --accept standard"),
             (args.accept == "judge" and threshold is not None and not 0 <= threshold <= 1, f"--threshold is {threshold}; for the judge it must be from 0 to 1"),
             (args.accept == "topk" and (threshold is None or threshold < 1 or threshold % 1), "--accept topk needs --threshold K, a whole number of at least 1"),
+            (args.accept == "typical" and threshold is not None and not 0 < threshold < 1, f"--threshold is {threshold}; for typical it must be between 0 and 1"),
+            (args.accept == "kl" and (threshold is None or not threshold >= 0), "--accept kl needs --threshold D, the divergence below which to accept, at least 0"),
             (args.compile and args.device == "cpu" and not any(map(shutil.which, (*os.environ.get("CXX", "g++").split()[:1], "clang++", "c++", "cl"))),
              "--compile on a CPU needs a C++ compiler, and none is on the PATH; install g++ or leave --compile out"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this PyTorch sees no CUDA device; use --device cpu"),

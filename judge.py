@@ -17,7 +17,8 @@ from cli import UserError, replacing
 from model import open_weights
 
 FORMAT = "1"
-RULES = ("standard", "judge", "topk")
+RULES = ("standard", "judge", "topk", "typical", "kl")
+SURE = 0.9  # kl: above this probability of its likeliest token the target is not to be argued with
 
 
 # ---------------------------------------------------------------- rules
@@ -47,6 +48,27 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 def topk(logits: Tensor, drafted: Tensor, k: int) -> Tensor:
     """Accept a token among the target's k likeliest (the paper's naive baseline). logits [K, V], drafted [K] -> bool [K]."""
     return (logits > logits.gather(1, drafted[:, None])).sum(-1) < k
+
+
+def typical(logits: Tensor, drafted: Tensor, epsilon: float) -> Tensor:
+    """Typical acceptance (Medusa, arXiv 2401.10774): p(token) > min(epsilon, sqrt(epsilon) exp(-H)), H the entropy of p.
+
+    The less sure the target is, the less likely a token may be. p at temperature 1. logits [K, V], drafted [K] -> bool [K].
+    """
+    logp = logits.float().log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    bound = (math.sqrt(epsilon) * (-entropy).exp()).clamp(max=epsilon)
+    return logp.gather(1, drafted[:, None])[:, 0].exp() > bound
+
+
+def kl(logits: Tensor, draft_logits: Tensor, divergence: float) -> Tensor:
+    """Training-free (arXiv 2601.04766): accept where KL(target || draft) is below `divergence`, unless the target is SURE.
+
+    Then the standard test alone decides. Both distributions at temperature 1; 0 is the standard rule. logits, draft_logits [K, V] -> bool [K].
+    """
+    logp, logq = logits.float().log_softmax(-1), draft_logits.float().log_softmax(-1)
+    p = logp.exp()
+    return ((p * (logp - logq)).sum(-1) < divergence) & (p.amax(-1) <= SURE)
 
 
 def judge(scores: Tensor, threshold: float) -> Tensor:

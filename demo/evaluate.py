@@ -22,7 +22,8 @@ from model import fingerprint, load
 from tokenizer import Tokenizer
 
 HOME = Path(__file__).parents[1] / "checkpoints" / "demo"
-RULES = "target,draft,standard,topk:2,topk:3,topk:5,topk:8,judge"
+RULES = "target,draft,standard,topk:2,topk:3,topk:5,typical,kl:1,judge,judge:0.9"
+NO_VALUE, VALUE = ("target", "draft", "standard", "typical", "judge"), ("topk", "kl", "typical", "judge")
 MAX_NEW_TOKENS = 220
 
 
@@ -41,14 +42,14 @@ def load_pair(target_dir=HOME / "target", dtype=torch.float32):
 
 
 def parse_rule(rule: str) -> tuple[str, float | None]:
-    """A rule as it is written on the command line: target, draft, standard, judge, judge:0.7, topk:3."""
+    """A rule as it is written on the command line: target, draft, standard, judge, judge:0.7, topk:3, kl:0.5, typical, typical:0.1."""
     name, _, value = rule.partition(":")
     try:
         value = float(value) if value else None
     except ValueError:
         name = None
-    if name not in ("target", "draft", "standard", "judge", "topk") or (name == "topk") != (value is not None) and name != "judge":
-        raise UserError(f"{rule!r} is not a rule; use target, draft, standard, judge, judge:THRESHOLD or topk:K")
+    if name not in (NO_VALUE if value is None else VALUE):
+        raise UserError(f"{rule!r} is not a rule; use target, draft, standard, judge, judge:THRESHOLD, topk:K, kl:D, typical or typical:EPSILON")
     return name, value
 
 

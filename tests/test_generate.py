@@ -292,6 +292,27 @@ def test_rules_by_hand():
     assert torch.allclose(rules.probabilities(logp, 0.5), torch.tensor([0.25, 0.09, 0.04]) / 0.38)
 
 
+def test_typical_and_kl_by_hand():
+    rows = torch.tensor([[0.5, 0.25, 0.25]] * 2 + [[0.94, 0.03, 0.03]]).log() + 7.0  # entropy ln 2 * 1.5: exp(-H) = 0.35355; 0.26: 0.7689
+    assert rules.typical(rows[:2], torch.tensor([0, 1]), 0.64).tolist() == [True, False]  # min(0.64, 0.8 * 0.35355) = 0.283
+    assert rules.typical(rows[:2], torch.tensor([0, 1]), 0.49).tolist() == [True, True]  # 0.7 * 0.35355 = 0.2475
+    assert rules.typical(rows, torch.tensor([1, 2, 2]), 0.04).tolist() == [True, True, False]  # epsilon itself is the bound, and 0.03 is below it
+    target, draft = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.95, 0.05]]).log(), torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.95, 0.05]]).log() - 3.0
+    assert rules.kl(target, draft, 0.1439).tolist() == [True, True, False]  # 0.5 ln(2) + 0.5 ln(2/3) = 0.14384; the last is sure
+    assert rules.kl(target, draft, 0.1438).tolist() == [False, True, False]
+    assert not rules.kl(target, draft, 0.0).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_typical_and_kl_in_the_loop(temperature):
+    target, small = models()["target"], models()["random"]
+    text = lambda *rule: generate(Engine(target, small, None, *rule, speculate_k=4, temperature=temperature, seed=2), tokens(8), 31)
+    want = text("standard")
+    assert text("kl", 0.0).tokens == want.tokens
+    for all_in in (text("kl", 1e9), text("typical", 1e-9)):
+        assert all_in.mean_accepted > want.mean_accepted and all_in.accept in all_in.sources
+
+
 def test_topk_rule_in_the_loop():
     want = generate(Engine(models()["target"], models()["random"], speculate_k=4), tokens(8), 30)
     one = generate(Engine(models()["target"], models()["random"], None, "topk", 1, 4), tokens(8), 30)
@@ -354,7 +375,8 @@ def test_command_line_json(pair, tmp_path):
     assert set(target) == {"accept", "prompt_tokens", "tokens", "text", "seconds", "tokens_per_sec"} and target["accept"] == "target"
     assert len(target["tokens"]) == 20 and target["text"] in done.stdout and "\033" not in done.stdout
     results = {}
-    for name, extra in {"standard": (), "judge": ("--judge", pair / "judge.safetensors"), "topk": ("--accept", "topk", "--threshold", "2")}.items():
+    for name, extra in {"standard": (), "judge": ("--judge", pair / "judge.safetensors"), "topk": ("--accept", "topk", "--threshold", "2"),
+                        "typical": ("--accept", "typical"), "kl": ("--accept", "kl", "--threshold", "0.5")}.items():
         done = command(*base, "--draft", pair / "draft", "--speculate_k", 4, *extra)
         assert done.returncode == 0, done.stderr
         results[name] = r = json.loads(out.read_text())
@@ -397,6 +419,8 @@ BAD = [
     (("--target", "{}/target", "--prompt", "x", "--judge", "{}/judge.safetensors"), "--judge needs --draft"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "judge"), "needs --judge FILE"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk"), "needs --threshold K"),
+    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "kl"), "needs --threshold D"),
+    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "typical", "--threshold", "1"), "must be between 0 and 1"),
     (("--target", "{}/target"), "--prompt or --interactive"),
 ]
 if not torch.cuda.is_available():
