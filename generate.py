@@ -309,10 +309,12 @@ class Engine:
 
 
 @torch.inference_mode()
-def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(), on_tokens=lambda tokens, sources: None) -> Result:
+def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(), on_tokens=lambda tokens, sources: None,
+             stop=lambda token: False) -> Result:
     """Continue `prompt` by up to `max_new_tokens` tokens, to an end token (which is kept as the last) or the context's end.
 
-    `on_tokens(tokens, sources)` is called with each round's news. Raises UserError for a prompt that leaves no room.
+    `on_tokens(tokens, sources)` is called with each round's news. `stop(token)` is asked of every new token in turn: True
+    ends the text with it, as an end token does. Raises UserError for a prompt that leaves no room.
     """
     room = min(max_new_tokens, engine.context - len(prompt))
     if not prompt:
@@ -328,11 +330,14 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(),
         result.sources += sources
         on_tokens(tokens, sources)
 
+    ends = lambda token: stop(token) or token in eos_ids
     add([engine.prefill(prompt, room)], ["target"])
+    ended = ends(result.tokens[0])
     start = time.perf_counter()
-    while len(result.tokens) < room and result.tokens[-1] not in eos_ids:
+    while len(result.tokens) < room and not ended:
         a, tokens, sources = engine.round()
-        end = next((i + 1 for i, t in enumerate(tokens) if t in eos_ids), len(tokens))
+        last = next((i for i, t in enumerate(tokens) if ends(t)), None)
+        ended, end = last is not None, len(tokens) if last is None else last + 1
         result.accept_counts[min(a, end)] += 1
         add(tokens[:end], sources[:end])
     result.seconds = time.perf_counter() - start
