@@ -55,7 +55,7 @@ def summarise(answers: dict, settings: dict) -> dict:
     by = {rule: {i: a for (r, i), a in answers.items() if r == rule} for rule in settings["rules"]}
     by = {rule: rows for rule, rows in by.items() if rows}
     inside = lambda rows, domain: {i: a for i, a in rows.items() if a["domain"] == domain}
-    domains = sorted({a["domain"] for a in answers.values()})
+    domains = dict.fromkeys(a["domain"] for a in answers.values())
     target = by.get("target", {})
     both = [i for i in by.get("standard", {}) if i in target]
     different = [i for i in both if by["standard"][i]["tokens"] != target[i]["tokens"]]
@@ -140,15 +140,15 @@ def plot(r: dict, path: Path) -> str | None:
     from matplotlib import pyplot as plt
     figure, ax = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     xs, ys = zip(*front([p[:2] for p in points.values()]))
-    ax.plot(xs, ys, color="0.8", lw=7, solid_capstyle="round", zorder=1, label="Pareto front")
+    ax.plot(xs, ys, "o-", color="0.86", lw=7, ms=17, zorder=1, label="Pareto front")
     for family in dict.fromkeys(rule.partition(":")[0] for rule in points):
         curve = sorted((p, rule) for rule, p in points.items() if rule.partition(":")[0] == family)  # faster is looser
         x, y = [p[0] for p, _ in curve], [p[1] for p, _ in curve]
         bars = [[p[1] - p[2][0] for p, _ in curve], [p[2][1] - p[1] for p, _ in curve]]
         color, marker = COLORS.get(family, "0.25"), {"target": "s", "draft": "D", "standard": "^"}.get(family, "o")
         ax.errorbar(x, y, bars, fmt=f"{marker}-", color=color, ms=6, lw=1.8, elinewidth=0.8, label=family, zorder=2)
-        for (p, rule) in curve:
-            ax.annotate(rule.partition(":")[2], p[:2], xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=color)
+        for p, rule in curve:
+            ax.annotate(rule.partition(":")[2] or ("default" if len(curve) > 1 else ""), p[:2], xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=color)
     ax.set_xlabel("speed-up over the target alone")
     ax.set_ylabel("accuracy, with 95% intervals")
     s = r["settings"]
@@ -157,7 +157,7 @@ def plot(r: dict, path: Path) -> str | None:
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.93")
-    ax.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, markerscale=0.8, loc="outside right center")
     with replacing(path) as tmp:
         figure.savefig(tmp, dpi=150, format="png")
     plt.close(figure)
