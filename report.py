@@ -18,7 +18,7 @@ def wilson(right: int, n: int, z=1.959963984540054) -> tuple[float, float]:
     """The 95% interval of a share `right` of `n` (Wilson 1927): unlike the normal one it stays in [0, 1] and has a width at 0 and 1."""
     p, z2 = right / n, z * z
     middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+    return min(p, max(0.0, (middle - half) / (1 + z2 / n))), max(p, min(1.0, (middle + half) / (1 + z2 / n)))  # p is inside, but for rounding
 
 
 def mcnemar(won: int, lost: int) -> float:

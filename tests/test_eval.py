@@ -1,0 +1,401 @@
+"""eval.py and report.py: resuming after a kill anywhere, what is refused, the statistics by hand, replay against real rounds."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as E
+import generate as G
+import judge
+import report
+from cli import UserError
+from generate import Engine, Settings, generate
+from helpers import random_model, save_checkpoint, tiny_config
+from judge import Judge
+from model import fingerprint
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "checkpoints" / "demo"
+RULES = "target,draft,standard,topk:2,judge"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from more, and beside other work they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Flags of a task of six problems and of two tiny random models with a judge."""
+    home = tmp_path_factory.mktemp("pair")
+    lines = (DEMO / "problems.jsonl").read_text().splitlines()
+    (home / "problems.jsonl").write_text("\n".join(lines[i] for i in (0, 1, 300, 301, 600, 601)) + "\n")
+    config = tiny_config(vocab_size=1024, max_position_embeddings=512)
+    for name, noise in (("target", 0.0), ("draft", 0.03)):  # a draft that agrees now and then
+        model = random_model(config, seed=1)
+        for p in model.parameters():
+            p.data += noise * torch.randn_like(p)
+        save_checkpoint(home / name, model, config)
+        shutil.copy(DEMO / "target" / "tokenizer.model", home / name)
+    torch.manual_seed(0)
+    Judge(torch.randn(1, 64) / 8, torch.zeros(1), 0.5, fingerprint(home / "target")).save(home / "judge.safetensors")
+    models = ["--target", str(home / "target"), "--draft", str(home / "draft"), "--judge", str(home / "judge.safetensors"), "--speculate_k", "5"]
+    return SimpleNamespace(home=home, models=models, task=["--task", "demo", "--data", str(home / "problems.jsonl")])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short():
+    """Random models neither end by themselves nor are they ever right: another length and another judgement."""
+    task = E.TASKS["demo"]
+    before = task.max_new_tokens, task.score
+    task.max_new_tokens = 24
+    task.score = lambda self, example, text: SimpleNamespace(right=text.count("e") % 2 == 0, how="exact" if "a" in text else "fallback")
+    yield
+    task.max_new_tokens, task.score = before
+
+
+@pytest.fixture(scope="module")
+def whole(pair):
+    """The directory of a run that nothing disturbed."""
+    out = pair.home / "whole"
+    E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(out), "--device", "cpu"])
+    return out
+
+
+def answers(out, without=("seconds",)):
+    """{(rule, id): answer without its time}, each line once."""
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert len({(a["rule"], a["id"]) for a in lines}) == len(lines)
+    return {(a["rule"], a["id"]): {k: v for k, v in a.items() if k not in without} for a in lines}
+
+
+def copy(whole, out, size=None):
+    """`whole` as it was when answers.jsonl had `size` bytes."""
+    shutil.copytree(whole, out)
+    data = (out / "answers.jsonl").read_bytes()
+    (out / "answers.jsonl").write_bytes(data[:size])
+    return data
+
+
+# ---------------------------------------------------------------- runs
+
+def test_a_run_answers_everything_and_reports_it(pair, whole):
+    got, rules = answers(whole), RULES.split(",")
+    assert len(got) == 6 * len(rules) and {rule for rule, _ in got} == set(rules)
+    order = [(a["rule"], a["id"]) for a in map(json.loads, (whole / "answers.jsonl").read_text().splitlines())]
+    assert [rule for rule, _ in order] == rules * 6 and all(len({i for _, i in order[n:n + 5]}) == 1 for n in range(0, 30, 5))  # interleaved
+    tokenizer = Tokenizer.from_dir(pair.home / "target")
+    target, draft = (G.load(pair.home / name, dtype=torch.float32) for name in ("target", "draft"))
+    example = E.TASKS["demo"](allow_code_execution=False).load(pair.home / "problems.jsonl")[3]
+    prompt = tokenizer.encode(E.TASKS["demo"](allow_code_execution=False).prompt(example))
+    for rule, engine in (("target", Engine(target)), ("draft", Engine(draft)), ("topk:2", Engine(target, draft, None, "topk", 2, 5))):
+        r, a = generate(engine, prompt, 24, tokenizer.eos_ids), got[rule, example["id"]]
+        assert a["tokens"] == r.tokens and a["rounds"] == r.rounds and a["accepted"] == sum(i * c for i, c in enumerate(r.accept_counts))
+        assert a["text"] == tokenizer.decode_new(prompt, r.tokens) and a["domain"] == example["domain"]
+    r = json.loads((whole / "results.json").read_text())
+    assert list(r["rules"]) == rules and len(r["domains"]) == 3 and all(m["n"] == 6 for m in r["rules"].values())
+    assert r["standard_equals_target"] == {"same": 6, "of": 6, "different": []} and r["rules"]["target"]["speed_up"] == 1
+    text = (whole / "results.md").read_text()
+    assert "standard equals the target token for token on 6 of 6 problems (float32)" in text and "| topk:2" in text
+    assert (whole / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert str(pair.home) not in text + (whole / "settings.json").read_text()
+
+
+def test_resumes_wherever_the_file_was_cut(pair, whole, tmp_path, monkeypatch):
+    want, data = answers(whole), (whole / "answers.jsonl").read_bytes()
+    monkeypatch.setattr(report, "plot", lambda r, path: None)  # it takes the longest
+    second = data.index(b"\n", data.index(b"\n") + 1)
+    for i, size in enumerate((0, 1, second, second + 1, second + 40, len(data) // 2, len(data) - 1, len(data))):
+        out = tmp_path / str(i)
+        copy(whole, out, size)
+        made, add = [], E.Log.add
+        with monkeypatch.context() as m:
+            m.setattr(E.Log, "add", lambda log, answer: (made.append(answer), add(log, answer)))
+            E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(out), "--device", "cpu"])
+        assert answers(out) == want and (out / "answers.jsonl").read_bytes().startswith(data[:data[:size].rfind(b"\n") + 1])
+        assert len(made) == 30 - data[:size].count(b"\n")
+
+
+def test_survives_a_real_kill(pair, tmp_path):
+    outs = [tmp_path / "killed", tmp_path / "whole"]
+    flags = [*pair.task, *pair.models, "--rules", "target,standard", "--device", "cpu"]
+    script = f"import sys, torch; torch.set_num_threads(1); import eval; eval.TASKS['demo'].max_new_tokens = 60; eval.main({flags!r} + ['--out', sys.argv[1]])"
+    command = [sys.executable, "-c", script]
+    process = subprocess.Popen([*command, outs[0]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path = outs[0] / "answers.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    assert 2 <= kept.count(b"\n") < 12
+    E.TASKS["demo"].max_new_tokens = 60
+    try:
+        for out in outs:
+            E.main([*flags, "--out", str(out)])
+    finally:
+        E.TASKS["demo"].max_new_tokens = 24
+    killed, whole = (answers(out, ("seconds", "right", "how")) for out in outs)  # the other process scores as the task does
+    assert killed == whole and path.read_bytes().startswith(kept[:kept.rfind(b"\n") + 1])
+
+
+def test_processes_make_the_same_answers_and_pass_on_errors(pair, tmp_path):
+    """At the task's own length, which the workers do not know otherwise."""
+    flags = [*pair.task, "--limit", "1", "--device", "cpu", "--processes", "2"]
+    E.main([*flags, *pair.models, "--rules", "standard,target", "--out", str(tmp_path / "two")])
+    got = answers(tmp_path / "two")
+    assert len(got) == 6 and len({len(a["tokens"]) for a in got.values()} - {24}) > 0
+    r = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert r["standard_equals_target"]["same"] == 3 and list(r["rules"]) == ["standard", "target"]
+    with pytest.raises(UserError, match="judge .* is for a target of width"):
+        E.main([*flags, *pair.models[:4], "--judge", str(DEMO / "judge.safetensors"), "--rules", "judge", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_more_of_the_same_is_welcome_and_other_settings_are_not(pair, whole, tmp_path):
+    out = tmp_path / "out"
+    run = lambda *flags: E.main([*pair.task, *pair.models, "--device", "cpu", "--out", str(out), *flags])
+    run("--rules", "target", "--limit", "1")
+    assert len(answers(out)) == 3
+    run("--rules", "topk:2.0", "--limit", "2")
+    run("--rules", "target")
+    assert answers(out) == {key: a for key, a in answers(whole).items() if key[0] in ("target", "topk:2")}
+    assert list(json.loads((out / "results.json").read_text())["rules"]) == ["target", "topk:2"]
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    (tmp_path / "other.jsonl").write_text("".join((pair.home / "problems.jsonl").read_text().splitlines(keepends=True)[:5]))
+    for flags, message in ((["--speculate_k", "4"], "speculate_k was 5, now 4"), (["--dtype", "bfloat16"], "dtype was float32, now bfloat16"),
+                           (["--data", str(tmp_path / "other.jsonl")], "data was "), (["--target", pair.models[3]], "target was "),
+                           (["--processes", "2"], "processes was 1, now 2")):
+        with pytest.raises(UserError, match=message):
+            run("--rules", "target", *flags)
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+    (out / "settings.json").unlink()
+    with pytest.raises(UserError, match="answers.jsonl without settings.json"):
+        run("--rules", "target")
+
+
+def test_rescore_gives_the_same_without_a_model(pair, whole, tmp_path, monkeypatch, capsys):
+    copy(whole, tmp_path / "out")
+    monkeypatch.setattr(G, "load_engine", lambda *a: pytest.fail("a model was loaded"))
+    wrong = [json.loads(line) | {"right": True, "how": "?"} for line in (whole / "answers.jsonl").read_text().splitlines()]
+    (tmp_path / "out" / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in wrong))
+    for name in ("results.json", "results.md"):
+        (tmp_path / "out" / name).unlink()
+    E.main([*pair.task, "--out", str(tmp_path / "out"), "--rescore"])
+    for name in ("answers.jsonl", "results.json", "results.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
+    assert capsys.readouterr().out == (whole / "results.md").read_text()
+    with pytest.raises(UserError, match="data was .*, now"):
+        E.main([*pair.task[:3], str(DEMO / "problems.jsonl"), "--out", str(tmp_path / "out"), "--rescore"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_standard_that_is_not_the_target_is_loud_in_float32(pair, whole, tmp_path, capsys, dtype):
+    out = tmp_path / "out"
+    copy(whole, out)
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    changed = next(a for a in lines if a["rule"] == "standard")
+    changed["tokens"][-1] += 1
+    (out / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in lines))
+    (out / "settings.json").write_text(json.dumps(json.loads((out / "settings.json").read_text()) | {"dtype": dtype}))
+    line = rf"standard equals the target token for token on 5 of 6 problems ({dtype}); it differs on {changed['id']}"
+    if dtype == "float32":
+        with pytest.raises(SystemExit) as e:
+            E.main([*pair.task, "--out", str(out), "--rescore"])
+        assert e.value.code == 1
+    else:
+        E.main([*pair.task, "--out", str(out), "--rescore"])
+    shown = capsys.readouterr()
+    assert line in shown.out and line in (out / "results.md").read_text() and (f"error: {line}" in shown.err) == (dtype == "float32")
+
+
+# ---------------------------------------------------------------- stop strings
+
+def test_a_stop_string_ends_every_rule_at_the_same_token(pair, tmp_path, monkeypatch):
+    flags = [*pair.task, *pair.models, "--rules", "target,standard,judge", "--device", "cpu", "--limit", "1", "--out"]
+    E.main([*flags, str(tmp_path / "free")])
+    free = answers(tmp_path / "free")
+    (_, i), a = next((key, a) for key, a in free.items() if key[0] == "target")
+    stop = a["text"][12:15]  # across tokens, and where it first occurs
+    monkeypatch.setattr(E.TASKS["demo"], "stop", ("\x00never", stop))
+    E.main([*flags, str(tmp_path / "cut")])
+    cut = answers(tmp_path / "cut")
+    for rule in ("target", "standard"):
+        b = cut[rule, i]
+        assert b["text"] == a["text"][:a["text"].index(stop)] and stop not in b["text"]
+        assert len(b["tokens"]) < 24 and b["tokens"] == a["tokens"][:len(b["tokens"])]
+    assert cut["target", i]["tokens"] == cut["standard", i]["tokens"]
+    b = cut["judge", i]
+    assert b["rounds"] <= len(b["tokens"]) - 1 <= b["rounds"] + b["accepted"]
+    tokenizer, tokens = Tokenizer.from_dir(pair.home / "target"), cut["target", i]["tokens"]
+    assert stop in tokenizer.decode_new([5], tokens) and stop not in tokenizer.decode_new([5], tokens[:-1])
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_intervals_and_p_values_by_hand():
+    # Wilson, z = 1.96: 8 of 10 -> (0.8 + 0.192 ± 1.96 sqrt(0.016 + 0.0096)) / 1.384
+    assert report.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert report.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and report.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    # McNemar: 1 of 6 -> 2 (1 + 6) / 64; 2 of 10 -> 2 (1 + 10 + 45) / 1024
+    assert report.mcnemar(1, 5) == report.mcnemar(5, 1) == pytest.approx(14 / 64) and report.mcnemar(8, 2) == pytest.approx(112 / 1024)
+    assert report.mcnemar(0, 0) == 1 == report.mcnemar(3, 3) and report.mcnemar(0, 5) == pytest.approx(1 / 16)
+    assert 0 < report.mcnemar(400, 600) < 1e-8
+
+
+def made_up(rule, rows):
+    """Answers from (id, domain, right, how, tokens, seconds, rounds, accepted)."""
+    names = ("id", "domain", "right", "how", "tokens", "seconds", "rounds", "accepted")
+    return {(rule, row[0]): dict(zip(names, row), rule=rule) for row in rows}
+
+
+def test_the_numbers_of_a_table_by_hand():
+    settings = dict(task="demo", rules=["target", "standard", "judge:0.5"], target_name="big", draft_name="small", chat=False, compile=False, speculate_k=8,
+                    dtype="float32", device="cpu", processes=1)
+    saved = made_up("target", [("a", "x", True, "exact", [1] * 11, 1.0, 10, 0), ("b", "y", False, "last number", [2] * 21, 2.0, 20, 0),
+                               ("c", "y", True, "exact", [3] * 11, 1.0, 10, 0)])
+    saved |= made_up("judge:0.5", [("a", "x", False, "last number", [1] * 13, 0.4, 2, 10), ("b", "y", True, "exact", [2] * 9, 0.1, 1, 7)])
+    r = report.summarise(saved, settings)
+    j = r["rules"]["judge:0.5"]
+    assert list(r["rules"]) == ["target", "judge:0.5"] and r["standard_equals_target"] is None and list(r["domains"]) == ["x", "y"]
+    assert (j["n"], j["right"], j["accuracy"], j["mean_accepted"], j["tokens_per_round"]) == (2, 1, 0.5, 17 / 3, 20 / 3)
+    assert j["tokens_per_sec"] == pytest.approx(40) and j["speed_up"] == pytest.approx(40 / 10)
+    assert j["against_target"] == {"n": 2, "won": 1, "lost": 1, "p": 1.0}
+    assert r["domains"]["y"]["judge:0.5"]["against_target"] == {"n": 1, "won": 1, "lost": 0, "p": 1.0}
+    assert j["how"] == {"last number": {"n": 1, "right": 0}, "exact": {"n": 1, "right": 1}}
+    assert r["rules"]["target"]["mean_accepted"] is None and r["rules"]["target"]["against_target"] is None
+    text = report.markdown(r)
+    assert "| target    |   2/3 |    66.7% | 20.8% to 93.9% |       10 |    1.00x |                  – |                – |" in text
+    assert "Not every rule has answered every problem" in text and "| judge:0.5 |   1 |    1 | 1 |" in text
+    assert "| judge:0.5 | 1 (1) |       1 (0) |" in text and "| target    | 2 (2) |       1 (0) |" in text
+
+
+def test_pareto_front():
+    assert report.front([(1, 0.9), (2, 0.8), (1.5, 0.7), (3, 0.8), (0.5, 0.9), (4, 0.1)]) == [(1, 0.9), (3, 0.8), (4, 0.1)]
+
+
+def test_a_missing_matplotlib_is_a_note(pair, whole, tmp_path, monkeypatch, capsys):
+    copy(whole, tmp_path / "out")
+    (tmp_path / "out" / "accuracy.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    E.main([*pair.task, "--out", str(tmp_path / "out"), "--rescore"])
+    assert "no accuracy.png: it needs matplotlib; pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "out" / "accuracy.png").exists()
+
+
+# ---------------------------------------------------------------- replay
+
+def test_replay_rounds_by_hand():
+    T, F = True, False
+    assert E.replay_rounds([T, T, F, T, T, T, T, F], 3) == [2, 3, 0]  # TT|F  TTT|T  |F
+    assert E.replay_rounds([F, F, F], 4) == [0, 0, 0] and E.replay_rounds([T] * 5, 16) == [5] and E.replay_rounds([], 4) == []
+    assert E.replay_rounds([T] * 8, 3) == [3, 3] and E.replay_rounds([T, F], 1) == [1] and E.replay_rounds([T, T, F, T], 1) == [1, 0, 1]
+
+
+@torch.inference_mode()
+def real_rounds(target, head, prompt, text, k, s):
+    """The rounds of generate.py's own verification and acceptance with the text for the draft."""
+    rounds, ids, i = [], prompt + text, 0
+    while i < len(text):
+        drafted, cache, n = torch.tensor(text[i:i + k]), target.new_cache(len(ids)), len(prompt) + i
+        target.features(torch.tensor([ids[:n - 1]]), torch.arange(n - 1), cache)
+        logits, scores = G.verify(target, head, torch.tensor(ids[n - 1:n + len(drafted)]), n - 1 + torch.arange(len(drafted) + 1), cache)
+        rounds.append(int(G.accept_tokens(logits, scores, drafted, None, torch.tensor([len(drafted)]), s, None, None)[0]))
+        i += rounds[-1] + 1
+    return rounds
+
+
+def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
+    tokenizer, k = Tokenizer.from_dir(pair.home / "target"), 5
+    target = G.load(pair.home / "target", dtype=torch.float32)
+    head = Judge.load(pair.home / "judge.safetensors", 64, fingerprint(pair.home / "target"), "")
+    pairs = []
+    for i, prompt in enumerate(("How many?", "Count the eggs of Mira.", "def f(x):")):  # the target's text with words of another in it
+        tokens = generate(Engine(target), tokenizer.encode(prompt), 40).tokens
+        text = tokenizer.decode_new([5], tokens)
+        pairs.append((prompt, text[:50] + " eggs" * i + text[50:90]))
+    with open(tmp_path / "texts.jsonl", "w") as f:
+        for i, (prompt, text) in enumerate(pairs):
+            f.write(json.dumps({"prompt": prompt, "reference" if i == 1 else "text": text}) + "\n")
+    rules = [rule for rule in ("standard", "topk:3", "typical", "judge", "judge:0.7", "judge:0", "judge:1") if rule.partition(":")[0] in judge.RULES]
+    E.main(["--replay", str(tmp_path / "texts.jsonl"), *pair.models, "--rules", ",".join(rules), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    r = json.loads((tmp_path / "out" / "replay.json").read_text())
+    for rule in rules:
+        name, value = E.parse_rule(rule)
+        s = Settings(name, 0.5 if rule == "judge" else value, 0.0, None, None)
+        want = [n for p, t in pairs for n in real_rounds(target, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
+        assert r["rules"][rule]["rounds"] == len(want) and r["rules"][rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
+    assert r["rules"]["judge:0"]["rejected"] == 0 and r["rules"]["judge:1"] == r["rules"]["standard"]
+    assert 0 < r["rules"]["topk:3"]["rejected"] < r["rules"]["standard"]["rejected"] < 1 and r["texts"] == 3
+
+
+def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
+    path = tmp_path / "t.jsonl"
+    lines = [{"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"}, {"prompt": "p", "text": "t", "domain": "x"}, {"prompt": "q", "text": "u", "task": "x"},
+             {"prompt": "r", "reference": "v", "answer": 3, "domain": "y"}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    texts = E.read_texts(SimpleNamespace(replay=path, limit=1, chat=False))
+    assert [t[0] for t in texts] == [1, 2, 4] and texts[0][2].strip() == "2+2 = 4\n#### 4" and "How many?" in texts[0][1] and texts[2][1:] == ("r", "v")
+    assert (texts[0][1] + texts[0][2])[len(texts[0][1].rstrip())].isspace()
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rules", "target,topk"], "--rules: 'topk' is not a rule; use target, draft, standard, .*topk:K"),
+    (["--rules", "topk:0"], "'topk:0' is not a rule"),
+    (["--rules", "topk:2.5"], "'topk:2.5' is not a rule"),
+    (["--rules", "judge:"], "'judge:' is not a rule"),
+    (["--rules", "judge:nan"], "'judge:nan' is not a rule"),
+    (["--rules", "standard:1"], "'standard:1' is not a rule"),
+    (["--rules", "target,,draft"], "'' is not a rule"),
+    (["--rules", "eagle"], "'eagle' is not a rule"),
+    (["--limit", "0"], "--limit is 0"),
+    (["--processes", "0"], "--processes is 0"),
+    (["--speculate_k", "0"], "--speculate_k is 0"),
+    (["--data", "missing.jsonl"], "missing.jsonl"),
+    (["--data", os.devnull], "null"),
+    (["--target", "nowhere"], "nowhere does not exist"),
+    (["--judge", str(DEMO / "judge.safetensors")], "is for a target of width"),
+    (["--draft", str(DEMO / "judge.safetensors")], "does not exist"),
+    (["--rescore", "--replay", "x"], "exclude each other"),
+    (["--rescore"], "holds no answers"),
+    (["--replay", str(DEMO / "problems.jsonl"), "--rules", "judge"], 'line 1: no JSON object with "prompt" and "text"'),
+    (["--replay", os.devnull, "--rules", "standard"], "null holds no texts"),
+    (["--replay", "x", "--rules", "target,standard"], "rule target tests no drafts"),
+    (["--out", str(ROOT / "README.md")], "README.md is a file"),
+    (["--out", "/nowhere/x"], "/nowhere is not a directory"),
+])
+def test_bad_input_is_one_clear_line_and_leaves_nothing(pair, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message) as e:
+        E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(tmp_path / "out"), "--device", "cpu", *flags])
+    assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--rules", "target,standard"], "rule standard needs --draft"),
+    (["--rules", "draft"], "rule draft needs --draft"),
+    (["--rules", "judge:0.3", "--draft", "d"], "rule judge:0.3 needs --judge"),
+    (["--rules", "judge", "--replay", "f"], "rule judge needs --judge"),
+])
+def test_what_a_rule_needs(flags, message):
+    with pytest.raises(UserError, match=message):
+        E.parse_args(["--task", "demo", "--data", "x", "--target", "y", "--out", "z", "--device", "cpu", *flags])
+
+
+def test_exit_code_and_line():
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--rules", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: --rules: 'x' is not a rule") and done.stderr.count("\n") == 1 and not done.stdout
