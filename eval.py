@@ -47,7 +47,7 @@ from tasks import TASKS
 from tokenizer import Stream
 
 FORMS = {"target": "", "draft": "", "standard": "", "topk": ":K", "typical": "[:E]", "kl": ":D", "judge": "[:T]"}  # what follows a rule's name
-VALID = {"topk": lambda x: x >= 1 and x % 1 == 0, "judge": lambda x: 0 <= x <= 1, "typical": lambda x: 0 < x <= 1, "kl": lambda x: x >= 0}
+VALID = {"topk": lambda x: x >= 1 and x % 1 == 0, "judge": lambda x: 0 <= x <= 1, "typical": lambda x: 0 < x < 1, "kl": lambda x: x >= 0}
 ABOUT = ("rules", "target_name", "draft_name")  # in settings.json, but no setting that answers depend on
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
@@ -338,7 +338,7 @@ def rule_mask(name: str, value, rows, tokens, scores, draft_rows):
     if name == "topk":
         return passed | judge.topk(rows, tokens, int(value))
     if name == "typical":
-        return passed | judge.typical(rows, tokens, *([] if value is None else [value]))
+        return passed | judge.typical(rows, tokens, G.TYPICAL if value is None else value)
     if name == "kl":
         return passed | judge.kl(rows, draft_rows, value)
     return passed
@@ -350,7 +350,7 @@ def read_texts(args) -> list[tuple[int, str, str]]:
     try:
         lines = args.replay.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {args.replay}: {e}") from None
+        raise UserError(f"cannot read {args.replay}: {getattr(e, 'strerror', 'it is not UTF-8 text')}") from None
     for i, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -25,7 +25,7 @@ from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
-RULES = "target,draft,standard,topk:2,judge"
+RULES = "target,draft,standard,kl:0.5,topk:2,judge"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -96,7 +96,7 @@ def test_a_run_answers_everything_and_reports_it(pair, whole):
     got, rules = answers(whole), RULES.split(",")
     assert len(got) == 6 * len(rules) and {rule for rule, _ in got} == set(rules)
     order = [(a["rule"], a["id"]) for a in map(json.loads, (whole / "answers.jsonl").read_text().splitlines())]
-    assert [rule for rule, _ in order] == rules * 6 and all(len({i for _, i in order[n:n + 5]}) == 1 for n in range(0, 30, 5))  # interleaved
+    assert [rule for rule, _ in order] == rules * 6 and all(len({i for _, i in order[n:n + 6]}) == 1 for n in range(0, 36, 6))  # interleaved
     tokenizer = Tokenizer.from_dir(pair.home / "target")
     target, draft = (G.load(pair.home / name, dtype=torch.float32) for name in ("target", "draft"))
     example = E.TASKS["demo"](allow_code_execution=False).load(pair.home / "problems.jsonl")[3]
@@ -116,9 +116,10 @@ def test_a_run_answers_everything_and_reports_it(pair, whole):
 
 def test_resumes_wherever_the_file_was_cut(pair, whole, tmp_path, monkeypatch):
     want, data = answers(whole), (whole / "answers.jsonl").read_bytes()
-    monkeypatch.setattr(report, "plot", lambda r, path: None)  # it takes the longest
-    second = data.index(b"\n", data.index(b"\n") + 1)
-    for i, size in enumerate((0, 1, second, second + 1, second + 40, len(data) // 2, len(data) - 1, len(data))):
+    monkeypatch.setattr(report, "plot", lambda r, path: None)  # it and a busy disk take the longest
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+    end = data.rindex(b"\n", 0, -1)  # of the last line but one
+    for i, size in enumerate((0, 1, len(data) // 2, end, end + 1, end + 40, len(data) - 1, len(data))):
         out = tmp_path / str(i)
         copy(whole, out, size)
         made, add = [], E.Log.add
@@ -126,7 +127,7 @@ def test_resumes_wherever_the_file_was_cut(pair, whole, tmp_path, monkeypatch):
             m.setattr(E.Log, "add", lambda log, answer: (made.append(answer), add(log, answer)))
             E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(out), "--device", "cpu"])
         assert answers(out) == want and (out / "answers.jsonl").read_bytes().startswith(data[:data[:size].rfind(b"\n") + 1])
-        assert len(made) == 30 - data[:size].count(b"\n")
+        assert len(made) == 36 - data[:size].count(b"\n")
 
 
 def test_survives_a_real_kill(pair, tmp_path):
@@ -306,21 +307,23 @@ def test_replay_rounds_by_hand():
 
 
 @torch.inference_mode()
-def real_rounds(target, head, prompt, text, k, s):
+def real_rounds(target, draft, head, prompt, text, k, s):
     """The rounds of generate.py's own verification and acceptance with the text for the draft."""
     rounds, ids, i = [], prompt + text, 0
     while i < len(text):
         drafted, cache, n = torch.tensor(text[i:i + k]), target.new_cache(len(ids)), len(prompt) + i
         target.features(torch.tensor([ids[:n - 1]]), torch.arange(n - 1), cache)
         logits, scores = G.verify(target, head, torch.tensor(ids[n - 1:n + len(drafted)]), n - 1 + torch.arange(len(drafted) + 1), cache)
-        rounds.append(int(G.accept_tokens(logits, scores, drafted, None, torch.tensor([len(drafted)]), s, None, None)[0]))
+        known = torch.tensor([ids[:n + len(drafted) - 1]])
+        draft_logits = draft(known, torch.arange(known.shape[1]), draft.new_cache(known.shape[1]))[0][0, n - 1:]
+        rounds.append(int(G.accept_tokens(logits, scores, drafted, draft_logits, torch.tensor([len(drafted)]), s, None, None)[0]))
         i += rounds[-1] + 1
     return rounds
 
 
 def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     tokenizer, k = Tokenizer.from_dir(pair.home / "target"), 5
-    target = G.load(pair.home / "target", dtype=torch.float32)
+    target, draft = (G.load(pair.home / name, dtype=torch.float32) for name in ("target", "draft"))
     head = Judge.load(pair.home / "judge.safetensors", 64, fingerprint(pair.home / "target"), "")
     pairs = []
     for i, prompt in enumerate(("How many?", "Count the eggs of Mira.", "def f(x):")):  # the target's text with words of another in it
@@ -330,13 +333,14 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     with open(tmp_path / "texts.jsonl", "w") as f:
         for i, (prompt, text) in enumerate(pairs):
             f.write(json.dumps({"prompt": prompt, "reference" if i == 1 else "text": text}) + "\n")
-    rules = [rule for rule in ("standard", "topk:3", "typical", "judge", "judge:0.7", "judge:0", "judge:1") if rule.partition(":")[0] in judge.RULES]
+    rules = ["standard", "topk:3", "typical", "typical:0.01", "kl:0.05", "kl:1", "judge", "judge:0.7", "judge:0", "judge:1"]
+    assert {rule.partition(":")[0] for rule in rules} == set(judge.RULES)
     E.main(["--replay", str(tmp_path / "texts.jsonl"), *pair.models, "--rules", ",".join(rules), "--out", str(tmp_path / "out"), "--device", "cpu"])
     r = json.loads((tmp_path / "out" / "replay.json").read_text())
     for rule in rules:
         name, value = E.parse_rule(rule)
-        s = Settings(name, 0.5 if rule == "judge" else value, 0.0, None, None)
-        want = [n for p, t in pairs for n in real_rounds(target, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
+        s = Settings(name, {"judge": 0.5, "typical": 0.09}.get(rule, value), 0.0, None, None)
+        want = [n for p, t in pairs for n in real_rounds(target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
         assert r["rules"][rule]["rounds"] == len(want) and r["rules"][rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
     assert r["rules"]["judge:0"]["rejected"] == 0 and r["rules"]["judge:1"] == r["rules"]["standard"]
     assert 0 < r["rules"]["topk:3"]["rejected"] < r["rules"]["standard"]["rejected"] < 1 and r["texts"] == 3
@@ -363,6 +367,8 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--rules", "standard:1"], "'standard:1' is not a rule"),
     (["--rules", "target,,draft"], "'' is not a rule"),
     (["--rules", "eagle"], "'eagle' is not a rule"),
+    (["--rules", "kl"], "'kl' is not a rule"),
+    (["--rules", "typical:1"], "'typical:1' is not a rule"),
     (["--limit", "0"], "--limit is 0"),
     (["--processes", "0"], "--processes is 0"),
     (["--speculate_k", "0"], "--speculate_k is 0"),
@@ -373,7 +379,9 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--draft", str(DEMO / "judge.safetensors")], "does not exist"),
     (["--rescore", "--replay", "x"], "exclude each other"),
     (["--rescore"], "holds no answers"),
-    (["--replay", str(DEMO / "problems.jsonl"), "--rules", "judge"], 'line 1: no JSON object with "prompt" and "text"'),
+    (["--replay", "missing", "--rules", "judge"], "cannot read missing: No such file"),
+    (["--replay", str(DEMO / "judge.safetensors"), "--rules", "judge"], "cannot read .*: it is not UTF-8 text"),
+    (["--replay", str(ROOT / "README.md"), "--rules", "judge"], 'line 1: no JSON object with "prompt" and "text"'),
     (["--replay", os.devnull, "--rules", "standard"], "null holds no texts"),
     (["--replay", "x", "--rules", "target,standard"], "rule target tests no drafts"),
     (["--out", str(ROOT / "README.md")], "README.md is a file"),
@@ -390,6 +398,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(pair, tmp_path, flags, m
     (["--rules", "draft"], "rule draft needs --draft"),
     (["--rules", "judge:0.3", "--draft", "d"], "rule judge:0.3 needs --judge"),
     (["--rules", "judge", "--replay", "f"], "rule judge needs --judge"),
+    (["--rules", "standard,kl:0.5", "--replay", "f"], "rule kl:0.5 needs --draft"),
 ])
 def test_what_a_rule_needs(flags, message):
     with pytest.raises(UserError, match=message):
