@@ -48,6 +48,7 @@ from tokenizer import Stream
 
 FORMS = {"target": "", "draft": "", "standard": "", "topk": ":K", "typical": "[:E]", "kl": ":D", "judge": "[:T]"}  # what follows a rule's name
 VALID = {"topk": lambda x: x >= 1 and x % 1 == 0, "judge": lambda x: 0 <= x <= 1, "typical": lambda x: 0 < x < 1, "kl": lambda x: x >= 0}
+DEFAULT = "target,draft,standard,topk:3"
 ABOUT = ("rules", "target_name", "draft_name")  # in settings.json, but no setting that answers depend on
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
@@ -76,8 +77,9 @@ def parse_rules(text: str) -> list[str]:
 
 def engine_settings(args, **changes) -> SimpleNamespace:
     """What generate.py's functions want to know beside our own flags."""
-    return SimpleNamespace(**vars(args) | dict(accept="judge" if args.judge else "standard", threshold=None, temperature=0.0, top_k=None, top_p=None, seed=0,
-                                               prompt="", interactive=False, max_new_tokens=1, json=None) | changes)
+    accept = "judge" if args.judge else "standard"
+    greedy = dict(accept=accept, threshold=None, temperature=0.0, top_k=None, top_p=None, seed=0, prompt="", interactive=False, max_new_tokens=1, json=None)
+    return SimpleNamespace(**vars(args) | greedy | changes)
 
 
 # ---------------------------------------------------------------- answers and their files
@@ -427,7 +429,7 @@ def parse_args(argv=None):
     p.add_argument("--target", type=Path, help="checkpoint directory")
     p.add_argument("--draft", type=Path, help="checkpoint directory of the draft")
     p.add_argument("--judge", type=Path, help="judge file, from train_judge.py")
-    p.add_argument("--rules", default="target,draft,standard,topk:3,judge", help=f"list of {', '.join(r + f for r, f in FORMS.items())} (default: %(default)s)")
+    p.add_argument("--rules", help=f"list of {', '.join(r + f for r, f in FORMS.items())} (default {DEFAULT}, and judge with --judge)")
     p.add_argument("--limit", type=int, help="problems (demo: of each domain); default all")
     p.add_argument("--speculate_k", type=int, default=16, help="drafted tokens per round (default 16)")
     p.add_argument("--out", type=Path, help="directory of the answers and results")
@@ -441,7 +443,8 @@ def parse_args(argv=None):
     p.add_argument("--replay", type=Path, help="JSON Lines of prompts and texts: what the rules would accept of the texts")
     args = p.parse_args(argv)
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
-    args.rules = parse_rules(args.rules)
+    default = DEFAULT.removeprefix("target,draft,") if args.replay else DEFAULT
+    args.rules = parse_rules(args.rules or default + (",judge" if args.judge else ""))
     check_args(args)
     return args
 

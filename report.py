@@ -148,7 +148,8 @@ def plot(r: dict, path: Path) -> str | None:
         color, marker = COLORS.get(family, "0.25"), {"target": "s", "draft": "D", "standard": "^"}.get(family, "o")
         ax.errorbar(x, y, bars, fmt=f"{marker}-", color=color, ms=6, lw=1.8, elinewidth=0.8, label=family, zorder=2)
         for p, rule in curve:
-            ax.annotate(rule.partition(":")[2] or ("default" if len(curve) > 1 else ""), p[:2], xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=color)
+            parameter = rule.partition(":")[2] or ("default" if len(curve) > 1 else "")
+            ax.annotate(parameter, p[:2], xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=color)
     ax.set_xlabel("speed-up over the target alone")
     ax.set_ylabel("accuracy, with 95% intervals")
     s = r["settings"]
