@@ -241,6 +241,22 @@ def convert_tokenizer(source: Path) -> dict[str, bytes]:
     return convert_tokenizer_json(source / "tokenizer.json", read_json(settings) if settings.exists() else {})
 
 
+def write_checkpoint(source: Path, out: Path, wanted: dict, config: dict, tokenizer: dict[str, bytes]):
+    """Make the directory `out`: weights as `write_weights` takes them, config.json, tokenizer files, and what `source` has of COPIED."""
+    with replacing(out) as tmp:
+        tmp.mkdir()
+        try:
+            write_weights(wanted, tmp)
+        except SafetensorError as e:
+            raise UserError(f"the weights of {source} cannot be read ({e}); fetch them again") from None
+        for name, data in tokenizer.items():
+            (tmp / name).write_bytes(data)
+        for name in COPIED:
+            if (source / name).exists():
+                shutil.copyfile(source / name, tmp / name)
+        (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 # ---------------------------------------------------------------- command line
 
 def main():
@@ -260,19 +276,8 @@ def main():
     hf = read_json(source / "config.json")
     config = ModelConfig.from_dict(hf, source / "config.json")
     wanted, tokenizer = plan(source, config, DTYPES[args.dtype]), convert_tokenizer(source)
-    with replacing(out) as tmp:
-        tmp.mkdir()
-        try:
-            write_weights(wanted, tmp)
-        except SafetensorError as e:
-            raise UserError(f"the weights of {source} cannot be read ({e}); fetch them again") from None
-        for name, data in tokenizer.items():
-            (tmp / name).write_bytes(data)
-        for name in COPIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, tmp / name)
-        hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}  # transformers 5 writes the second
-        (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}  # transformers 5 writes the second
+    write_checkpoint(source, out, wanted, hf, tokenizer)
     print(f"{source} -> {out}: {sum(shape.numel() for shape, _, _ in wanted.values()):,} parameters in {args.dtype}")
 
 

@@ -8,19 +8,16 @@ Weights stream from file to file some rows at a time, so memory does not grow wi
 nothing is calibrated on data.
 """
 import argparse
-import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from cli import UserError, check_writable, replacing, run
-from convert_hf_checkpoint import COPIED, FORMATS, write_weights
+from cli import UserError, check_writable, run
+from convert_hf_checkpoint import FORMATS, write_checkpoint
 from linear import GROUP_SIZES, MODES, Quantization, QuantizedLinear
 from model import ModelConfig, Transformer, fingerprint, open_weights, read_json, weight_files
 
@@ -104,16 +101,8 @@ def main():
         raise UserError(f"{source} is quantized to {config.quantization.mode} already; quantize the checkpoint that it was made from")
     hf["quantization"] = asdict(Quantization(args.mode, args.group_size, fingerprint(source)))
     wanted = plan(source, config, ModelConfig.from_dict(hf, source / "config.json"))
-    with replacing(out) as tmp:
-        tmp.mkdir()
-        try:
-            write_weights(wanted, tmp)
-        except SafetensorError as e:
-            raise UserError(f"the weights of {source} cannot be read ({e}); fetch them again") from None
-        for name in (*COPIED, "tokenizer.model", "tokenizer_special.json"):
-            if (source / name).exists():
-                shutil.copyfile(source / name, tmp / name)
-        (tmp / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    tokenizer = {name: (source / name).read_bytes() for name in ("tokenizer.model", "tokenizer_special.json") if (source / name).exists()}
+    write_checkpoint(source, out, wanted, hf, tokenizer)
     before, after = (sum(f.stat().st_size for f in weight_files(d)) for d in (source, out))
     print(f"{source} -> {out}: {args.mode}, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
     if args.mode == "fp8":

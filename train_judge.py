@@ -52,6 +52,16 @@ def read_data(path) -> list[dict]:
     return examples
 
 
+def without(examples: list[dict], domain: str | None, path) -> list[dict]:
+    """The examples of the other domains."""
+    if domain is None:
+        return examples
+    kept, domains = [e for e in examples if e.get("domain") != domain], sorted({str(e.get("domain")) for e in examples})
+    if not 0 < len(kept) < len(examples):
+        raise UserError(f"--exclude_domain {domain}: {path} has the domains {', '.join(domains)}; choose one of several")
+    return kept
+
+
 def label_tokens(offsets: list[tuple[int, int]], error) -> list[int]:
     """1 (correct) for each token before the error, 0 for each that holds a character of it; the tokens after it are left out."""
     if error is None:
@@ -137,6 +147,7 @@ def parse_args(argv=None):
     p.add_argument("--target", type=Path, required=True, help="checkpoint directory")
     p.add_argument("--data", type=Path, required=True, help='JSON Lines of {"prompt", "answer", "error"}')
     p.add_argument("--out", type=Path, required=True, help="judge file to write")
+    p.add_argument("--exclude_domain", metavar="NAME", help='leave out the answers whose "domain" is this, to see how the judge does where it was not trained')
     p.add_argument("--chat", action="store_true", help="put the prompts into the checkpoint's chat template")
     p.add_argument("--threshold", type=float, default=0.5, help="stored as the judge's default (default 0.5)")
     p.add_argument("--negative_weight", type=float, help="weight of an error token in the loss (default: both kinds weigh the same in all)")
@@ -165,7 +176,7 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     torch.manual_seed(args.seed)
-    examples = read_data(args.data)
+    examples = without(read_data(args.data), args.exclude_domain, args.data)
     held = split(examples, args.val_share, args.seed)
     if held.all():
         raise UserError(f"{args.data} holds one prompt only; a validation split by prompt needs at least two")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
+import convert_hf_checkpoint
 import generate as G
 import linear
 import quantize
@@ -212,7 +213,7 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
     assert written == config | {"quantization": {"mode": mode, "group_size": 64 if group else None, "parent": fingerprint(source)}}
 
     shard(source)
-    monkeypatch.setattr(quantize, "write_weights", lambda wanted, path: real(wanted, path, shard_bytes=30_000))
+    monkeypatch.setattr("convert_hf_checkpoint.write_weights", lambda wanted, path: real(wanted, path, shard_bytes=30_000))
     monkeypatch.setattr(quantize, "CHUNK", 1000)  # a few rows at a time
     sharded = run_main(monkeypatch, source, tmp_path / "s", "--mode", mode, *group)
     held = {name: w for f in sharded.glob("*.safetensors") for name, w in load_file(f).items()}
@@ -235,7 +236,7 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
     assert text(model) == text(model, draft) == text(model, random_model(config, seed=4))
 
 
-real = quantize.write_weights
+real = convert_hf_checkpoint.write_weights
 
 
 @pytest.mark.parametrize("mode,dtype", [("int8", torch.float32), ("int8", torch.bfloat16), ("int4", torch.float32), ("int4", torch.bfloat16), ("fp8", torch.float32)])

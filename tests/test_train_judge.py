@@ -135,7 +135,7 @@ def test_command_line(tmp_path, homes):  # noqa: F811
         if i % 2:
             at = len(" ".join(words[:3])) + 2
             answer, error = " " + " ".join(words[:3] + ["Z."] + words[3:]), [at, at + 2]
-        lines.append(json.dumps({"prompt": f"p {i // 2}", "answer": answer, "error": error}))
+        lines.append(json.dumps({"prompt": f"p {i // 2}", "answer": answer, "error": error, "domain": "ab"[i // 2 % 2]}))
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     done = train(tmp_path)
     assert done.returncode == 0, done.stderr
@@ -146,6 +146,14 @@ def test_command_line(tmp_path, homes):  # noqa: F811
     assert head.threshold == 0.5
     assert float(done.stdout.split("validation")[-1].split("AUC ")[1].split()[0]) > 0.95
     assert train(tmp_path).returncode == 0 and (tmp_path / "judge.safetensors").read_bytes() == first  # seeded
+    without = train(tmp_path, "--exclude_domain", "a")
+    assert without.stdout.startswith("60 answers, 30 prompts;") and (tmp_path / "judge.safetensors").read_bytes() != first
+    assert "has the domains a, b; choose" in train(tmp_path, "--exclude_domain", "c").stderr
+    quantize = [sys.executable, ROOT / "quantize.py", "--checkpoint_dir", tmp_path / "target", "--mode", "int8", "--out", tmp_path / "int8"]
+    subprocess.run(quantize, check=True, capture_output=True)
+    done = train(tmp_path, "--target", tmp_path / "int8")  # the later flag counts
+    assert done.returncode == 0, done.stderr
+    assert Judge.load(tmp_path / "judge.safetensors", 64, fingerprint(tmp_path / "int8"), "t").target != head.target
 
 
 def test_bad_input_from_the_shell(tmp_path, homes):  # noqa: F811
