@@ -9,19 +9,12 @@ kill -9; more rules or a higher --limit only add answers, other settings are ref
 without torchrun. The rules take turns on each problem, so that a slow minute hits all of them; a tokens/s still is this
 machine's, with whatever else ran on it. The prefill is not timed, scoring neither. On a GPU, or with bfloat16, passes of one
 and of K + 1 tokens round differently, so that standard can leave the target's text at a near tie; in float32 that is an error.
-
---replay takes JSON Lines with `prompt` and `text` (or `reference`), or with GSM8K's `question` and `answer`, and reads each
-prompt with its text once. The text is taken for the draft: a round accepts up to K of its tokens and moves on by one more.
-In generation that one would be the target's own token; here the text's stands in its place whatever the target wanted, for
-it is the text that is asked about. So this counts the tokens that a rule lets pass in a good text, not the text it leads to.
 """
 import argparse
 import functools
 import hashlib
 import json
-import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -34,20 +27,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from tqdm import tqdm
 
 import generate as G
-import judge
 import report
 import tp
 from cli import UserError, check_writable, replacing, run
-from judge import Judge
-from model import DTYPES, ModelConfig, fingerprint, read_json
+from judge import FORMS, Judge, parse_rule
+from model import DTYPES, fingerprint, read_json
+from replay import read_texts, replay
+from report import PLAIN
 from tasks import TASKS
 from tokenizer import Stream
 
-FORMS = {"target": "", "draft": "", "standard": "", "topk": ":K", "typical": "[:E]", "kl": ":D", "judge": "[:T]"}  # what follows a rule's name
-VALID = {"topk": lambda x: x >= 1 and x % 1 == 0, "judge": lambda x: 0 <= x <= 1, "typical": lambda x: 0 < x < 1, "kl": lambda x: x >= 0}
 DEFAULT = "target,draft,standard,topk:3"
 ABOUT = ("rules", "target_name", "draft_name")  # in settings.json, but no setting that answers depend on
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
@@ -55,23 +46,9 @@ QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
 # ---------------------------------------------------------------- rules
 
-def parse_rule(text: str) -> tuple[str, float | None]:
-    """(name, parameter or None) of an item of --rules, such as standard, topk:3 or judge:0.9."""
-    name, colon, value = text.partition(":")
-    known = [rule for rule in FORMS if rule in ("target", "draft", *judge.RULES)]
-    form = FORMS[name] if name in known else None
-    try:
-        value = float(value) if colon else None
-        if form is None or (not form if colon else form.startswith(":")) or colon and not (math.isfinite(value) and VALID[name](value)):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--rules: {text!r} is not a rule; use {', '.join(rule + FORMS[rule] for rule in known)}") from None
-    return name, value
-
-
 def parse_rules(text: str) -> list[str]:
     """The rules of a comma-separated list, each in one spelling and once."""
-    parsed = [parse_rule(item.strip()) for item in text.split(",")]
+    parsed = [parse_rule(item.strip(), PLAIN) for item in text.split(",")]
     return list(dict.fromkeys(name if value is None else f"{name}:{int(value) if value % 1 == 0 else value}" for name, value in parsed))
 
 
@@ -171,7 +148,7 @@ class Session:
         self.engines = {}
         lengths = [len(p) for p in self.prompts]
         for rule in args.rules:
-            name, value = parse_rule(rule)
+            name, value = parse_rule(rule, PLAIN)
             pair = {"target": (engine.target,), "draft": (engine.draft,)}.get(name, (engine.target, engine.draft, engine.head, name, value))
             self.engines[rule] = G.Engine(*pair, speculate_k=args.speculate_k)
             if args.compile:
@@ -321,97 +298,21 @@ def load_examples(args, limit: int | None) -> list[dict]:
     return examples
 
 
-# ---------------------------------------------------------------- replay
-
-def replay_rounds(mask: list[bool], k: int) -> list[int]:
-    """Tokens accepted in each round over a text whose tokens pass as in `mask`: up to k that pass, then one that stands whatever the rule says."""
-    rounds, i = [], 0
-    while i < len(mask):
-        rounds.append(next((n for n, ok in enumerate(mask[i:i + k]) if not ok), len(mask[i:i + k])))
-        i += rounds[-1] + 1
-    return rounds
-
-
-def rule_mask(name: str, value, rows, tokens, scores, draft_rows):
-    """Which tokens [m] a rule lets pass at temperature 0: rows and draft_rows [m, V] are the logits before each, scores [m] the judge's of each."""
-    passed = judge.standard(rows, tokens)
-    if name == "judge":
-        return passed | judge.judge(scores, value)
-    if name == "topk":
-        return passed | judge.topk(rows, tokens, int(value))
-    if name == "typical":
-        return passed | judge.typical(rows, tokens, G.TYPICAL if value is None else value)
-    if name == "kl":
-        return passed | judge.kl(rows, draft_rows, value)
-    return passed
-
-
-def read_texts(args) -> list[tuple[int, str, str]]:
-    """(line number, prompt, text) of the file; with --limit the first of each domain. GSM8K's calculator notes <<...>> are left out."""
-    task, texts, seen = TASKS["gsm8k"](allow_code_execution=False), [], {}
-    try:
-        lines = args.replay.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {args.replay}: {getattr(e, 'strerror', 'it is not UTF-8 text')}") from None
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            e = json.loads(line)
-            if "question" in e:
-                prompt, text = task.chat(e) if args.chat else task.prompt(e), re.sub("<<.*?>>", "", e["answer"])
-                text = text if args.chat or prompt[-1].isspace() else " " + text
-            else:
-                prompt, text = e["prompt"], e["text"] if "text" in e else e["reference"]
-            if not (isinstance(prompt, str) and isinstance(text, str) and prompt and text):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{args.replay}, line {i}: no JSON object with "prompt" and "text" (or "reference"), or with "question" and "answer"') from None
-        domain = e.get("domain", e.get("task"))
-        seen[domain] = seen.get(domain, 0) + 1
-        if args.limit is None or seen[domain] <= args.limit:
-            texts.append((i, prompt, text))
-    if not texts:
-        raise UserError(f"{args.replay} holds no texts")
-    return texts
-
-
-@torch.inference_mode()
-def read_once(model, ids: list[int], n: int):
-    """One pass over a prompt of n tokens and the text after it: the logits before each token of the text [m, V], the hidden states at them [m, D]."""
-    device = model.norm.weight.device
-    hidden = model.features(torch.tensor([ids], device=device), torch.arange(len(ids), device=device), model.new_cache(len(ids)))[0]
-    return model.output(hidden[n - 1:-1]), hidden[n:]
-
-
-@torch.inference_mode()
-def replay(args):
+def show_replay(args):
     """The rounds that each rule would have taken through the texts of a file, had they been drafted; a table."""
-    texts = read_texts(args)
+    texts = read_texts(args.replay, TASKS["gsm8k"](allow_code_execution=False), args.chat, args.limit)
     engine, tokenizer = G.load_engine(engine_settings(args, accept="standard", judge=None))
     config, head = engine.target.config, None
     if args.judge:
         parent = config.quantization and config.quantization.parent
         head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target), parent).to(engine.device)
-    parsed = {rule: parse_rule(rule) for rule in args.rules}
-    rounds, rejected, total = {rule: [] for rule in args.rules}, dict.fromkeys(args.rules, 0), 0
-    for i, prompt, text in tqdm(texts, disable=not sys.stderr.isatty()):
-        before = tokenizer.chat([{"role": "user", "content": prompt}]) if args.chat else tokenizer.encode(prompt)
-        after = tokenizer.encode(text, continuation=True)
-        if len(before) + len(after) > engine.context:
-            raise UserError(f"{args.replay}, line {i}: prompt and text have {len(before) + len(after)} tokens, the context {engine.context}")
-        rows, hidden = read_once(engine.target, before + after, len(before))
-        draft_rows = read_once(engine.draft, before + after, len(before))[0] if any(name == "kl" for name, _ in parsed.values()) else None
-        scores, tokens = head.scores(hidden) if head else None, torch.tensor(after, device=engine.device)
-        total += len(after)
-        for rule, (name, value) in parsed.items():
-            mask = rule_mask(name, head.threshold if name == "judge" and value is None else value, rows, tokens, scores, draft_rows).tolist()
-            rounds[rule] += replay_rounds(mask, args.speculate_k)
-            rejected[rule] += mask.count(False)
-    results = {rule: {"mean_accepted": sum(r) / len(r), "rejected": rejected[rule] / total, "rounds": len(r)} for rule, r in rounds.items()}
-    text = f"{args.replay.name}: {len(texts)} texts, {total} tokens, as drafts for {args.target.resolve().name}, K = {args.speculate_k}, greedy\n\n"
-    text += report.table([["rule", "accepted per round", "tokens rejected"]] + [
-        [rule, f"{m['mean_accepted']:.2f}", f"{m['rejected']:.1%}"] for rule, m in results.items()]) + "\n"
+    read = lambda prompt: tokenizer.chat([{"role": "user", "content": prompt}]) if args.chat else tokenizer.encode(prompt)
+    texts = [(i, read(prompt), tokenizer.encode(text, continuation=True)) for i, prompt, text in texts]
+    results, total = replay(texts, args.replay, engine, head, args.rules, args.speculate_k), sum(len(text) for *_, text in texts)
+    table = [["rule", "accepted per round", "tokens rejected"]]
+    table += [[rule, f"{m['mean_accepted']:.2f}", f"{m['rejected']:.1%}"] for rule, m in results.items()]
+    about = f"{args.replay.name}: {len(texts)} texts, {total} tokens, as drafts for {args.target.resolve().name}, K = {args.speculate_k}, greedy"
+    text = f"{about}\n\n{report.table(table)}\n"
     print(text, end="")
     if args.out:
         args.out.mkdir(exist_ok=True)
@@ -429,7 +330,7 @@ def parse_args(argv=None):
     p.add_argument("--target", type=Path, help="checkpoint directory")
     p.add_argument("--draft", type=Path, help="checkpoint directory of the draft")
     p.add_argument("--judge", type=Path, help="judge file, from train_judge.py")
-    p.add_argument("--rules", help=f"list of {', '.join(r + f for r, f in FORMS.items())} (default {DEFAULT}, and judge with --judge)")
+    p.add_argument("--rules", help=f"list of {', '.join((*PLAIN, *(r + f for r, f in FORMS.items())))} (default {DEFAULT}, and judge with --judge)")
     p.add_argument("--limit", type=int, help="problems (demo: of each domain); default all")
     p.add_argument("--speculate_k", type=int, default=16, help="drafted tokens per round (default 16)")
     p.add_argument("--out", type=Path, help="directory of the answers and results")
@@ -451,7 +352,7 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Everything about the flags that can be refused before a file is read."""
-    names, making = {rule: parse_rule(rule)[0] for rule in args.rules}, not (args.rescore or args.replay)
+    names, making = {rule: parse_rule(rule, PLAIN)[0] for rule in args.rules}, not (args.rescore or args.replay)
     first = lambda *wanted: next((rule for rule, name in names.items() if name in wanted), None)
     drafting = next((rule for rule, name in names.items() if name != "target"), None)
     for bad, message in (
@@ -480,7 +381,7 @@ def check_args(args):
 def main(argv=None):
     args = parse_args(argv)
     if args.replay:
-        replay(args)
+        show_replay(args)
     elif args.rescore:
         rescore(args)
     else:

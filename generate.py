@@ -112,6 +112,19 @@ def verify(target: Transformer, head: Judge | None, tokens: Tensor, pos: Tensor,
     return logits[0], None if head is None else head.scores(hidden[0, 1:])
 
 
+def accept_mask(passed: Tensor, logits: Tensor, scores: Tensor | None, drafted: Tensor, draft_logits: Tensor | None, s: Settings) -> Tensor:
+    """Which of k drafted tokens the rule lets in, bool [k], given which `passed` the standard test; logits, draft_logits [k, V], scores [k]."""
+    if s.accept == "judge":
+        return passed | rules.judge(scores, s.threshold)
+    if s.accept == "topk":
+        return passed | rules.topk(logits, drafted, int(s.threshold))
+    if s.accept == "typical":
+        return passed | rules.typical(logits, drafted, s.threshold)
+    if s.accept == "kl":
+        return passed | rules.kl(logits, draft_logits, s.threshold)
+    return passed
+
+
 def accept_tokens(logits: Tensor, scores: Tensor | None, drafted: Tensor, draft_logits: Tensor | None, left: Tensor, s: Settings,
                   noise: Tensor | None, uniform: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """How many of the k drafted tokens to keep [1], at most left [1]; the target's token after them [1]; which passed the standard test [k].
@@ -124,15 +137,7 @@ def accept_tokens(logits: Tensor, scores: Tensor | None, drafted: Tensor, draft_
     else:
         p, q = s.probabilities(logits), s.probabilities(draft_logits)
         passed = rules.standard_sampled(p[:-1], q, drafted, uniform)
-    mask = passed
-    if s.accept == "judge":
-        mask = passed | rules.judge(scores, s.threshold)
-    elif s.accept == "topk":
-        mask = passed | rules.topk(rows, drafted, int(s.threshold))
-    elif s.accept == "typical":
-        mask = passed | rules.typical(rows, drafted, s.threshold)
-    elif s.accept == "kl":
-        mask = passed | rules.kl(rows, draft_logits, s.threshold)
+    mask = accept_mask(passed, rows, scores, drafted, draft_logits, s)
     a = torch.minimum(rules.accepted(mask)[None], left)
     if s.temperature == 0:
         return a, logits.index_select(0, a).argmax(-1), passed

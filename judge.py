@@ -17,11 +17,31 @@ from cli import UserError, replacing
 from model import open_weights
 
 FORMAT = "1"
-RULES = ("standard", "judge", "topk", "typical", "kl")
 SURE = 0.9  # kl: above this probability of its likeliest token the target is not to be argued with
 
 
 # ---------------------------------------------------------------- rules
+
+FORMS = {"standard": "", "topk": ":K", "typical": "[:E]", "kl": ":D", "judge": "[:T]"}  # what follows a rule's name where rules are listed
+VALID = {"topk": lambda x: x >= 1 and x % 1 == 0, "judge": lambda x: 0 <= x <= 1, "typical": lambda x: 0 < x < 1, "kl": lambda x: x >= 0}
+
+
+RULES = tuple(FORMS)
+
+
+def parse_rule(text: str, plain=()) -> tuple[str, float | None]:
+    """(name, parameter or None) of a rule in writing, such as standard, topk:3 or judge:0.9; `plain` are more names, without a parameter."""
+    forms = dict.fromkeys(plain, "") | FORMS
+    name, colon, value = text.partition(":")
+    form = forms.get(name)
+    try:
+        value = float(value) if colon else None
+        if form is None or (not form if colon else form.startswith(":")) or colon and not (math.isfinite(value) and VALID[name](value)):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{text!r} is not a rule; use {', '.join(rule + form for rule, form in forms.items())}") from None
+    return name, value
+
 
 def standard(logits: Tensor, drafted: Tensor) -> Tensor:
     """Greedy test: the drafted token is the target's likeliest. logits [K, V], drafted [K] -> bool [K]."""

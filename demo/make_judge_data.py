@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cli import replacing, run
 from demo.corpus import TASKS, first_error, problems
-from demo.evaluate import MAX_NEW_TOKENS, make_engine
+from demo.pair import MAX_NEW_TOKENS, make_engine
 from generate import generate
 from model import load
 from tokenizer import Tokenizer

@@ -5,6 +5,7 @@
 Perplexity is a token's, over right solutions of held-out problems in the target's wordings, prompts not counted. Activations are bfloat16.
 """
 import argparse
+import json
 import math
 import random
 import subprocess
@@ -20,8 +21,9 @@ import torch.nn.functional as F
 
 from cli import run
 from demo.corpus import TASKS, problems, render
-from demo.evaluate import HOME, answer, load_pair, read_problems
+from demo.pair import HOME, load_pair
 
+ROOT = Path(__file__).parents[1]
 MODES = {"bfloat16": None, "int8": ["int8"], "int4 (groups of 128)": ["int4"], "int4 (groups of 32)": ["int4", "--group_size", "32"]}
 
 
@@ -40,25 +42,28 @@ def perplexity(target, tokenizer, count: int) -> float:
     return math.exp(loss / tokens)
 
 
+def run_script(name, *args):
+    subprocess.run([sys.executable, ROOT / name, *map(str, args)], check=True, stdout=subprocess.DEVNULL)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=100, help="problems of each task (default 100)")
     args = parser.parse_args()
-    chosen = read_problems(args.limit)
     print("| target | perplexity | right, alone | right, with the judge | accepted per round |\n|---|---|---|---|---|")
     for name, mode in MODES.items():
         with tempfile.TemporaryDirectory() as tmp:
             where = HOME / "target"
             if mode:
                 where = Path(tmp) / "target"
-                script = Path(__file__).parents[1] / "quantize.py"
-                subprocess.run([sys.executable, script, "--checkpoint_dir", HOME / "target", "--out", where, "--mode", *mode], check=True, capture_output=True)
+                run_script("quantize.py", "--checkpoint_dir", HOME / "target", "--out", where, "--mode", *mode)
             target, _, _, tokenizer = load_pair(where, torch.bfloat16)
             value = perplexity(target, tokenizer, args.limit)
-            rows = answer(chosen, ["target", "judge"], 16, 2, where, torch.bfloat16)
-        alone, judged = ([r for r in rows if r["rule"] == rule] for rule in ("target", "judge"))
-        right = [f"{sum(r['right'] for r in rs) / len(rs):.1%}" for rs in (alone, judged)]
-        print(f"| {name} | {value:.4f} | {right[0]} | {right[1]} | {sum(r['accepted'] for r in judged) / sum(r['rounds'] for r in judged):.2f} |", flush=True)
+            run_script("eval.py", "--task", "demo", "--data", HOME / "problems.jsonl", "--target", where, "--draft", HOME / "draft", "--judge", HOME / "judge.safetensors",
+                       "--rules", "target,judge", "--limit", args.limit, "--processes", 2, "--device", "cpu", "--dtype", "bfloat16", "--out", Path(tmp) / "out")
+            rules = json.loads((Path(tmp) / "out" / "results.json").read_text())["rules"]
+        alone, judged = rules["target"], rules["judge"]
+        print(f"| {name} | {value:.4f} | {alone['accuracy']:.1%} | {judged['accuracy']:.1%} | {judged['mean_accepted']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

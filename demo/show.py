@@ -2,7 +2,7 @@
 import sys
 
 from demo.check import is_right
-from demo.evaluate import MAX_NEW_TOKENS, load_pair, make_engine, read_problems
+from demo.pair import MAX_NEW_TOKENS, load_pair, make_engine, read_problems
 from demo.corpus import TASKS
 from generate import COLORS, generate, printer, summary, use_color
 

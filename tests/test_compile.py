@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from demo.evaluate import make_engine, load_pair, read_problems
+from demo.pair import make_engine, load_pair, read_problems
 from generate import Engine, generate
 from helpers import random_model, tiny_config
 from linear import DOT_ROWS, Linear

@@ -21,6 +21,7 @@ from generate import Engine, Settings, generate
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import Judge
 from model import fingerprint
+from replay import read_texts, replay_rounds
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -301,9 +302,9 @@ def test_a_missing_matplotlib_is_a_note(pair, whole, tmp_path, monkeypatch, caps
 
 def test_replay_rounds_by_hand():
     T, F = True, False
-    assert E.replay_rounds([T, T, F, T, T, T, T, F], 3) == [2, 3, 0]  # TT|F  TTT|T  |F
-    assert E.replay_rounds([F, F, F], 4) == [0, 0, 0] and E.replay_rounds([T] * 5, 16) == [5] and E.replay_rounds([], 4) == []
-    assert E.replay_rounds([T] * 8, 3) == [3, 3] and E.replay_rounds([T, F], 1) == [1] and E.replay_rounds([T, T, F, T], 1) == [1, 0, 1]
+    assert replay_rounds([T, T, F, T, T, T, T, F], 3) == [2, 3, 0]  # TT|F  TTT|T  |F
+    assert replay_rounds([F, F, F], 4) == [0, 0, 0] and replay_rounds([T] * 5, 16) == [5] and replay_rounds([], 4) == []
+    assert replay_rounds([T] * 8, 3) == [3, 3] and replay_rounds([T, F], 1) == [1] and replay_rounds([T, T, F, T], 1) == [1, 0, 1]
 
 
 @torch.inference_mode()
@@ -338,7 +339,7 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     E.main(["--replay", str(tmp_path / "texts.jsonl"), *pair.models, "--rules", ",".join(rules), "--out", str(tmp_path / "out"), "--device", "cpu"])
     r = json.loads((tmp_path / "out" / "replay.json").read_text())
     for rule in rules:
-        name, value = E.parse_rule(rule)
+        name, value = judge.parse_rule(rule)
         s = Settings(name, {"judge": 0.5, "typical": 0.09}.get(rule, value), 0.0, None, None)
         want = [n for p, t in pairs for n in real_rounds(target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
         assert r["rules"][rule]["rounds"] == len(want) and r["rules"][rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
@@ -351,7 +352,7 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     lines = [{"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"}, {"prompt": "p", "text": "t", "domain": "x"}, {"prompt": "q", "text": "u", "task": "x"},
              {"prompt": "r", "reference": "v", "answer": 3, "domain": "y"}]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    texts = E.read_texts(SimpleNamespace(replay=path, limit=1, chat=False))
+    texts = read_texts(path, E.TASKS["gsm8k"](allow_code_execution=False), chat=False, limit=1)
     assert [t[0] for t in texts] == [1, 2, 4] and texts[0][2].strip() == "2+2 = 4\n#### 4" and "How many?" in texts[0][1] and texts[2][1:] == ("r", "v")
     assert (texts[0][1] + texts[0][2])[len(texts[0][1].rstrip())].isspace()
 
@@ -359,7 +360,7 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, message", [
-    (["--rules", "target,topk"], "--rules: 'topk' is not a rule; use target, draft, standard, .*topk:K"),
+    (["--rules", "target,topk"], "'topk' is not a rule; use target, draft, standard, .*topk:K"),
     (["--rules", "topk:0"], "'topk:0' is not a rule"),
     (["--rules", "topk:2.5"], "'topk:2.5' is not a rule"),
     (["--rules", "judge:"], "'judge:' is not a rule"),
@@ -407,4 +408,4 @@ def test_what_a_rule_needs(flags, message):
 
 def test_exit_code_and_line():
     done = subprocess.run([sys.executable, ROOT / "eval.py", "--rules", "x"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --rules: 'x' is not a rule") and done.stderr.count("\n") == 1 and not done.stdout
+    assert done.returncode == 2 and done.stderr.startswith("error: 'x' is not a rule") and done.stderr.count("\n") == 1 and not done.stdout
