@@ -1,0 +1,347 @@
+"""Runs model-written Python against trusted tests, and tells a pass that cannot be faked by the way the program ends.
+
+The code and the tests never share a process. A *candidate* process runs the code; a *judge* process runs the tests, and
+what it calls there is a stand-in that sends the arguments to the candidate and takes back plain values (numbers, strings,
+lists, dicts, ...). So an os._exit(0), a patched assert, an __eq__ that is always true, or a `check` of the code's own
+cannot pass, nor can the code read the tests: they are not in its process, its files or its arguments. The tests read no
+state of the code but what it returns, so an argument that it changes in place stays as it was.
+
+What holds where Linux gives namespaces (`Outcome.isolation` says which): no network; all files read-only but a small
+empty directory; the home directory hidden; no other process visible; every process ends with the run. Everywhere: limits
+on time, memory, processes, file size and output, and as root another user id, since root has no limit on processes.
+Without namespaces the code has the network and the user's files, and a child that it detaches may outlive the run.
+
+What it is not: a boundary against an attacker who aims at the kernel or at what the machine serves locally, and memory is
+limited for each process, not for all together. Run strangers' models in a container or a virtual machine. Linux only.
+"""
+import contextlib
+import ctypes
+import io
+import json
+import math
+import os
+import pickle
+import resource
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import types
+from dataclasses import dataclass
+
+MEMORY, FILE_SIZE, DISK, PROCESSES, FILES, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 32, 64, 64 << 10  # bytes and counts
+PATIENCE = 30  # seconds beyond the timeout after which the whole sandbox is given up: a busy machine starts it slowly
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+MS_NODEV_NOSUID, MS_BIND_REC, MS_PRIVATE_REC, MNT_DETACH = 2 | 4, 4096 | 16384, (1 << 18) | 16384, 2
+STATUSES = "passed", "failed", "timed out"
+NAMESPACES, LIMITS = "namespaces", "limits only: no namespaces here, so the network and this user's files are open to the code"
+
+
+@dataclass
+class Outcome:
+    status: str  # one of STATUSES
+    output: str  # what the code and the tests printed, the first 64 KiB
+    isolation: str
+
+
+def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0, given: str = "") -> Outcome:
+    """Run `program`, then `check(program's entry_point)` of the trusted `tests`, in at most `timeout` seconds.
+
+    given: trusted code whose names the tests may use. Raises UserError where the sandbox itself cannot run.
+    """
+    from cli import UserError  # here, because `python -I` runs this file without its directory
+
+    if sys.platform != "linux":
+        raise UserError("model-written code is run on Linux only; score these answers there, or in a container")
+    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory, tempfile.TemporaryFile() as request:
+        head = json.dumps(dict(program=program, entry_point=entry_point, timeout=timeout, directory=directory,
+                               home=os.path.realpath(os.path.expanduser("~")))).encode()
+        request.write(len(head).to_bytes(8, "little") + head + json.dumps(dict(tests=tests, entry_point=entry_point, given=given)).encode())
+        request.seek(0)
+        env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": directory, "TMPDIR": directory, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        env |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some Pythons do not start without
+        verdict, w = os.pipe()
+        process = None
+        try:
+            process = subprocess.Popen([sys.executable, "-I", "-u", os.path.abspath(__file__), str(w)], stdin=request, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, env=env, cwd=directory, pass_fds=[w], start_new_session=True)
+            os.close(w)
+            lines, output = _listen(verdict, process.stdout, time.monotonic() + timeout + PATIENCE)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)  # by itself it ends when all its processes have
+        finally:
+            if process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process.stdout.close()
+            os.close(verdict)
+    if not lines or lines[0] in STATUSES:  # no word from the candidate before it ran any code
+        raise UserError(f"the sandbox did not start: {(output.strip().splitlines() or ['it was killed'])[-1]}")
+    return Outcome(lines[1] if len(lines) > 1 else "failed", output, lines[0])
+
+
+def _listen(verdict, stdout, deadline):
+    """(the lines that the sandbox reports, the output), reading both as they come and keeping only OUTPUT bytes of the output."""
+    said, output, out = b"", b"", stdout.fileno()
+    os.set_blocking(out, False)
+    while said.count(b"\n") < 2 and (left := deadline - time.monotonic()) > 0:
+        ready = select.select([verdict, out], [], [], left)[0]
+        if out in ready:
+            output += (data := os.read(out, 1 << 16))[:OUTPUT - len(output)]
+            if not data:  # closed by every process: only the report can come now
+                out = verdict
+        if verdict in ready:
+            if not (data := os.read(verdict, 4096)):
+                break
+            said += data
+    with contextlib.suppress(BlockingIOError):  # what was printed before the report
+        while len(output) < OUTPUT and (data := os.read(stdout.fileno(), OUTPUT - len(output))):
+            output += data
+    return said.decode().splitlines(), output.decode(errors="replace")
+
+
+# ---------------------------------------------------------------- from here on in the sandbox's own processes
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _call(name, *args):
+    if getattr(libc, name)(*args) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def _main():
+    """Make the namespaces and be, or start, the process that watches over the run."""
+    verdict = int(sys.argv[1])
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    with open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")  # if memory runs out, this goes first
+    size = int.from_bytes(os.read(0, 8), "little")
+    head = b""
+    while len(head) < size:  # not a byte more: the tests follow, and must not be in the candidate's memory
+        head += os.read(0, size - len(head))
+    request, uid = json.loads(head), 2_000_000_000 + os.getpid()
+    if not _isolate(uid):
+        _watch(request, verdict, uid, LIMITS)
+    elif pid := os.fork():  # the child is the first process of its namespace: when it ends, all end
+        os.close(verdict)
+        os.waitpid(pid, 0)
+    else:
+        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+        _watch(request, verdict, uid, ", ".join([NAMESPACES, *_mount(request["directory"], request["home"])]))
+    os._exit(0)
+
+
+def _isolate(uid) -> bool:
+    """Leave the system's network and, for children, its processes and mounts; whether the system allows that."""
+    flags, root = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC, os.getuid() == 0
+    if root:
+        with contextlib.suppress(OSError):
+            _call("unshare", flags)
+            return True
+        os.setegid(uid)
+        os.seteuid(uid)  # a user namespace of root's would still be root's to the limit on processes
+    ids = os.geteuid(), os.getegid()
+    try:
+        _call("unshare", flags | CLONE_NEWUSER)
+    except OSError:
+        if root:
+            os.seteuid(0)
+            os.setegid(0)
+        return False
+    _call("prctl", PR_SET_DUMPABLE, 1)  # else the files below are root's
+    for name, text in ("setgroups", "deny"), ("uid_map", f"{ids[0]} {ids[0]} 1"), ("gid_map", f"{ids[1]} {ids[1]} 1"):
+        with open(f"/proc/self/{name}", "w") as f:
+            f.write(text)
+    os.setresgid(ids[1], ids[1], ids[1])
+    os.setresuid(ids[0], ids[0], ids[0])
+    return True
+
+
+def _mount(directory, home):
+    """Hide the home directory and other processes, make everything read-only but `directory`; what of that worked."""
+    done = []
+    mount = lambda source, target, kind, flags, data=None: _call("mount", source.encode(), target.encode(), kind, flags, data)
+    with contextlib.suppress(OSError):
+        mount("none", "/", None, MS_PRIVATE_REC)
+        if home != "/" and os.path.isdir(home):
+            pythons = [p for p in {sys.prefix, sys.base_prefix} if p.startswith(home + "/")]
+            opened = [os.open(p, os.O_PATH) for p in pythons]
+            mount("tmpfs", home, b"tmpfs", MS_NODEV_NOSUID, b"size=64k,mode=755")
+            try:
+                for path, fd in zip(pythons, opened):
+                    os.makedirs(path, exist_ok=True)
+                    mount(f"/proc/self/fd/{fd}", path, None, MS_BIND_REC)
+            except OSError:
+                _call("umount2", home.encode(), MNT_DETACH)
+                raise
+            done.append("home hidden")
+    with contextlib.suppress(OSError):
+        mount("proc", "/proc", b"proc", MS_NODEV_NOSUID)
+    with contextlib.suppress(OSError):
+        os.makedirs(directory, exist_ok=True)
+        read_only = (ctypes.c_uint64 * 4)(1)
+        _call("syscall", 442, -100, b"/", 0x8000, read_only, 32)  # mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, ...)
+        mount("tmpfs", directory, b"tmpfs", MS_NODEV_NOSUID, f"size={DISK},nr_inodes=1000,mode=777".encode())
+        done.append("files read-only")
+    return done
+
+
+def _watch(request, verdict, uid, isolation):
+    """Start candidate and judge, wait for the judge, report, and leave no process behind."""
+    _call("prctl", PR_SET_DUMPABLE, 0)  # the candidate, where it has the same user id, must not reach into this or the judge
+    _call("prctl", PR_SET_CHILD_SUBREAPER, 1)
+    (calls, w), (r, results) = os.pipe(), os.pipe()
+    if not os.fork():
+        _run_apart(_candidate, request, uid, isolation, verdict, calls, results)
+    os.close(calls), os.close(results)
+    if not (judge := os.fork()):
+        os.close(verdict)
+        _run_apart(_judge, w, r)
+    os.close(w), os.close(r)
+    over = select.select([os.pidfd_open(judge)], [], [], request["timeout"])[0]
+    passed = over and os.waitpid(judge, 0)[1] == 0
+    if isolation == LIMITS:
+        _kill_children()
+    os.write(verdict, b"passed\n" if passed else b"failed\n" if over else b"timed out\n")
+
+
+def _kill_children(seconds=5):
+    """Kill children until none lives; those of a dead child become ours, as we are the subreaper.
+
+    The dead are reaped last: until then they count against the limit on processes, so a fork bomb cannot replace them.
+    """
+    deadline, before, alive = time.monotonic() + seconds, None, True
+    while time.monotonic() < deadline:
+        with open(f"/proc/self/task/{os.getpid()}/children") as f:
+            children = f.read().split()
+        if not alive and children == before:  # twice the same dead: one that died since the list was read may have left us new ones
+            break
+        before, alive = children, False
+        for pid in children:
+            with open(f"/proc/{pid}/stat") as f:
+                if f.read().rpartition(")")[2].split()[0] not in "ZX":
+                    os.kill(int(pid), signal.SIGKILL)
+                    alive = True
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _run_apart(main, *args):
+    """What a forked process does: never return into its parent's code."""
+    code = 1
+    try:
+        main(*args)
+        code = 0
+    except BaseException:
+        traceback.print_exc(limit=-3)
+    finally:
+        os._exit(code)
+
+
+def _candidate(request, uid, isolation, verdict, calls, results):
+    """Give up every privilege, say that the sandbox stands, run the code, then answer the judge's calls."""
+    os.setsid()
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    for old, new in (devnull, 0), (verdict, 62), (calls, 60), (results, 61):  # 0 had the tests
+        os.dup2(old, new)
+    os.closerange(3, 60), os.closerange(63, 1 << 16)
+    cpu = math.ceil(request["timeout"]) + 1
+    os.chdir(request["directory"])
+    if os.getuid() == 0:
+        os.chown(".", uid, uid)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    _call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
+    for limit, value in (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), \
+            (resource.RLIMIT_NPROC, PROCESSES), (resource.RLIMIT_NOFILE, FILES), (resource.RLIMIT_CORE, 0):
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(limit, (value, value))
+    if not os.access(os.__file__, os.R_OK):
+        raise PermissionError(f"as root the code runs as another user, who cannot read {os.__file__}; install Python where others can, or do not be root")
+    os.write(62, isolation.encode() + b"\n")
+    os.close(62)
+    module = sys.modules["candidate"] = types.ModuleType("candidate")
+    exec(compile(request["program"], "<candidate>", "exec"), module.__dict__)
+    function = getattr(module, request["entry_point"])
+    with open(60, "rb") as calls, open(61, "wb") as results:
+        while True:
+            try:
+                args, kwargs = pickle.load(calls)
+            except EOFError:  # the judge has finished
+                return
+            try:
+                reply = _plain((True, function(*args, **kwargs)))
+            except BaseException as e:
+                traceback.print_exc(limit=-3)
+                reply = _plain((False, type(e).__name__))
+            results.write(reply)
+            results.flush()
+
+
+PLAIN = dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, complex, range
+KNOWN = {("builtins", t.__name__): t for t in PLAIN}
+
+
+def _plain(value) -> bytes:
+    """The value pickled as built-in types: a Counter as the dict that it equals, a NumPy number as a number; others are an error."""
+    class Pickler(pickle.Pickler):
+        def reducer_override(self, x):
+            if type(x) in PLAIN or isinstance(x, type):
+                return NotImplemented
+            if getattr(x, "shape", None) == ():
+                return type(x.item()), (x.item(),)
+            kind = next((t for t in PLAIN if isinstance(x, t)), None)
+            if kind is None:
+                raise TypeError(f"the tests can receive built-in values only, not a {type(x).__name__}")
+            return kind, (list(x) if kind in (list, tuple, set, frozenset) else dict(x) if kind is dict else kind.__add__(x, kind()),)
+
+    data = io.BytesIO()
+    Pickler(data, 4).dump(value)
+    return data.getvalue()
+
+
+class _Values(pickle.Unpickler):
+    """Built-in values only: a pickle that names anything else is refused, so nothing of the candidate's acts in the judge."""
+
+    def find_class(self, module, name):
+        return KNOWN[module, name]
+
+
+def _judge(calls, results):
+    """Run the trusted tests on a stand-in for the candidate's function; returning is the pass."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    with open(0, "rb") as f:
+        request = json.load(f)
+    calls, results = open(calls, "wb"), open(results, "rb")
+
+    def candidate(*args, **kwargs):
+        try:
+            pickle.dump((args, kwargs), calls)
+            calls.flush()
+            ok, value = _Values(results).load()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError("the code ended before its tests did") from None
+        if not ok:
+            raise RuntimeError(f"the code raised {value}")
+        return value
+
+    namespace = {"__name__": "tests"}
+    exec(compile(request["given"], "<given>", "exec"), namespace)
+    namespace[request["entry_point"]] = candidate
+    exec(compile(request["tests"], "<tests>", "exec"), namespace)
+    namespace["check"](candidate)
+
+
+if __name__ == "__main__":
+    _main()
