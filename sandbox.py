@@ -3,13 +3,13 @@
 The code and the tests never share a process. A *candidate* process runs the code; a *judge* process runs the tests, and
 what it calls there is a stand-in that sends the arguments to the candidate and takes back plain values (numbers, strings,
 lists, dicts, ...). So an os._exit(0), a patched assert, an __eq__ that is always true, or a `check` of the code's own
-cannot pass, nor can the code read the tests: they are not in its process, its files or its arguments. The tests read no
-state of the code but what it returns, so an argument that it changes in place stays as it was.
+cannot pass, nor can the code find the tests in its process, its files or its arguments; a benchmark's own file, if it may
+read that, is another matter. The tests see what the code returns, and not what it does to its arguments in place.
 
 What holds where Linux gives namespaces (`Outcome.isolation` says which): no network; all files read-only but a small
 empty directory; the home directory hidden; no other process visible; every process ends with the run. Everywhere: limits
 on time, memory, processes, file size and output, and as root another user id, since root has no limit on processes.
-Without namespaces the code has the network and the user's files, and a child that it detaches may outlive the run.
+Without namespaces the code has the network and the user's files, and what kills its watchers may outlive the run.
 
 What it is not: a boundary against an attacker who aims at the kernel or at what the machine serves locally, and memory is
 limited for each process, not for all together. Run strangers' models in a container or a virtual machine. Linux only.
@@ -21,7 +21,6 @@ import json
 import math
 import os
 import pickle
-import resource
 import select
 import signal
 import subprocess
@@ -31,6 +30,9 @@ import time
 import traceback
 import types
 from dataclasses import dataclass
+
+if sys.platform == "linux":  # elsewhere this file can be imported, and refuses to run
+    import resource
 
 MEMORY, FILE_SIZE, DISK, PROCESSES, FILES, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 32, 64, 64 << 10  # bytes and counts
 PATIENCE = 30  # seconds beyond the timeout after which the whole sandbox is given up: a busy machine starts it slowly
@@ -107,7 +109,7 @@ def _listen(verdict, stdout, deadline):
 
 # ---------------------------------------------------------------- from here on in the sandbox's own processes
 
-libc = ctypes.CDLL(None, use_errno=True)
+libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def _call(name, *args):
@@ -268,9 +270,11 @@ def _candidate(request, uid, isolation, verdict, calls, results):
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     if not os.access(os.__file__, os.R_OK):
-        raise PermissionError(f"as root the code runs as another user, who cannot read {os.__file__}; install Python where others can, or do not be root")
+        os.write(2, f"as root the code runs as another user, who cannot read {os.__file__}; install Python where others can, or do not be root\n".encode())
+        os._exit(1)
     os.write(62, isolation.encode() + b"\n")
     os.close(62)
+    os.write(61, b"1")
     module = sys.modules["candidate"] = types.ModuleType("candidate")
     exec(compile(request["program"], "<candidate>", "exec"), module.__dict__)
     function = getattr(module, request["entry_point"])
@@ -324,6 +328,8 @@ def _judge(calls, results):
     with open(0, "rb") as f:
         request = json.load(f)
     calls, results = open(calls, "wb"), open(results, "rb")
+    if not results.read(1):  # wait until the candidate stands: a test that fails at once must not end the run before that
+        os._exit(1)
 
     def candidate(*args, **kwargs):
         try:

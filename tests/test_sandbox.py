@@ -55,8 +55,9 @@ def descendants(root):
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays(monkeypatch):
+def nothing_stays(monkeypatch, tmp_path_factory):
     """Whatever a test does, no process and no temporary directory of the sandbox is left."""
+    tmp_path_factory.getbasetemp()  # pytest makes its own in the usual place first
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)  # as root the code runs as another user, who must get to its own directory
         monkeypatch.setattr(tempfile, "tempdir", place)
@@ -85,7 +86,7 @@ def test_a_broken_test_is_no_pass():
     assert run(HONEST, tests="x = 1\n").status == "failed"
 
 
-# Each of these passes a harness that goes by the exit code, or that runs the asserts beside the code.
+# Ways to pass without being right, against one harness or another: by the exit code, by what is printed, by what runs beside the asserts.
 CHEATS = {
     "leaves at once": "import os\nos._exit(0)",
     "leaves when called": "import os\ndef f(x):\n    os._exit(0)",
@@ -119,14 +120,6 @@ def f(x):
                     pass
     return 0
 """,
-    "looks for the tests": """
-import gc, glob, inspect, os, sys
-seen = [open(p, errors='replace').read() for p in glob.glob('./**', recursive=True) + ['/proc/self/cmdline', '/proc/self/environ'] if os.path.isfile(p)]
-seen += [str(sys.argv), str(os.environ), sys.stdin.read(), repr(gc.get_objects())]
-seen += [repr(f.f_locals) + repr(f.f_globals) for f in [g.frame for g in inspect.stack()]]
-def f(x):
-    return x + 1 if any('candidate(' + '5)' in s for s in seen) else 0
-""",
 }
 
 
@@ -135,6 +128,26 @@ def test_a_cheat_does_not_pass(name):
     start = time.monotonic()
     assert run(CHEATS[name], timeout=5).status == "failed"
     assert time.monotonic() - start < 20  # the sandbox's start on a busy machine included
+
+
+def test_the_tests_are_not_where_the_code_can_look():
+    look = """
+        import gc, glob, os, sys
+        seen, frame = [sys.argv, dict(os.environ), sys.stdin.read(), gc.get_objects()], sys._getframe()
+        for path in glob.glob("./**", recursive=True) + glob.glob("/proc/self/*") + glob.glob("/proc/self/fd/*"):
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                seen.append(os.read(fd, 1 << 20))
+            except OSError:
+                pass
+        while frame:
+            seen += [frame.f_locals, frame.f_globals]
+            frame = frame.f_back
+        print("".join(["candidate", "(5)"]) in repr(seen))  # which Python does not join when it compiles this
+    """
+    assert run(textwrap.dedent(look) + HONEST).output == "False\n"
+    planted = "planted = 'candidate' '(5)'\n"
+    assert run(planted + textwrap.dedent(look) + HONEST).output == "True\n"  # the search finds what is there
 
 
 def test_a_cheat_that_guesses_the_protocol_gains_only_what_its_answers_are_worth():
