@@ -43,10 +43,15 @@ def dots_pay(x: Tensor, weight: Tensor) -> bool:
     return few and x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
+def stored(x: Tensor) -> Tensor:
+    """x [M, N], which Inductor is made to store row by row, as strides are asked for: it would compute it anew for every use, or in columns."""
+    return x.contiguous().as_strided(x.shape, (x.shape[1], 1))
+
+
 def dot_products(x: Tensor, weight: Tensor) -> Tensor:
     """x [M, in] times weight [out, in] of any dtype -> float32 [M, out]. Only for compiled code: eager it would make [out, M, in]."""
-    x = x.as_strided(x.shape, x.stride())  # has Inductor store x first; else it would compute what x comes from anew for every output
-    return (x.float() * weight.float()[:, None]).sum(-1).T
+    x = stored(x).float()
+    return stored((x * weight.float()[:, None]).sum(-1).T)
 
 
 class Linear(nn.Linear):
