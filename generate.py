@@ -27,14 +27,15 @@ from model import DTYPES, Cache, ModelConfig, Transformer, fingerprint, load
 from tokenizer import Stream, Tokenizer
 
 PREFILL_CHUNK = 1024  # prompt tokens read in one pass; bounds the memory of the attention mask
+SPAN = 256  # least length of a cache and of what attention looks at: below it costs little, and every size has to be compiled
 UNROLL = 64  # draft steps times draft layers up to which a draft is compiled as one graph
 COLORS = dict.fromkeys(rules.RULES, "\033[1;36m") | {"draft": "\033[32m", "target": "\033[33m"}
 TYPICAL = 0.09  # epsilon of the typical rule where none is given: Medusa's
 
 
 def power_of_two(length: int) -> int:
-    """The smallest power of two, from 64, that is at least `length`."""
-    return max(64, 1 << (length - 1).bit_length())
+    """The smallest power of two, from SPAN, that is at least `length`."""
+    return max(SPAN, 1 << (length - 1).bit_length())
 
 
 @dataclass

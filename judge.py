@@ -140,7 +140,7 @@ class Judge:
 
     def scores(self, hidden: Tensor) -> Tensor:
         """hidden [..., dim] -> float32 [...]: the log-odds that the token at this position is correct in context."""
-        return (hidden.to(self.weight.dtype) @ self.weight[0]) + self.bias[0]
+        return (hidden.to(self.weight.dtype) * self.weight[0]).sum(-1) + self.bias[0]  # compiled, part of a loop that is there anyway
 
     def to(self, device):
         return Judge(self.weight.to(device), self.bias.to(device), self.threshold, self.target)

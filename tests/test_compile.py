@@ -15,7 +15,7 @@ from demo.pair import make_engine, load_pair, read_problems
 from generate import Engine, generate
 from helpers import random_model, tiny_config
 from linear import DOT_ROWS, Linear
-from test_generate import ROOT, head, models, tokens
+from test_generate import ROOT, head, models, short_spans, tokens  # noqa: F401 (a fixture)
 
 
 def compiled(*args, **settings):

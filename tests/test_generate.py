@@ -19,6 +19,12 @@ from judge import Judge
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def short_spans(monkeypatch):
+    """So that texts of these small models cross from one span to the next."""
+    monkeypatch.setattr("generate.SPAN", 64)
+
+
 def head(dim=64, weight=0.0, bias=0.0):
     return Judge(torch.full((1, dim), weight), torch.tensor([bias]), 0.5, "test")
 
