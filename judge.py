@@ -7,7 +7,7 @@ the standard test are used as `standard | rule`.
 """
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import save
@@ -137,16 +137,19 @@ class Judge:
     bias: Tensor  # float32 [1]
     threshold: float
     target: str  # model.fingerprint of the target's checkpoint
+    curve: tuple = ()  # (threshold, share of the errors accepted, share of the correct rejected) on validation data, if it was measured
 
     def scores(self, hidden: Tensor) -> Tensor:
         """hidden [..., dim] -> float32 [...]: the log-odds that the token at this position is correct in context."""
         return (hidden.to(self.weight.dtype) * self.weight[0]).sum(-1) + self.bias[0]  # compiled, part of a loop that is there anyway
 
     def to(self, device):
-        return Judge(self.weight.to(device), self.bias.to(device), self.threshold, self.target)
+        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
     def save(self, path):
         metadata = {"format": FORMAT, "dim": str(self.weight.shape[1]), "target": self.target, "threshold": repr(self.threshold)}
+        if self.curve:
+            metadata["curve"] = json.dumps(self.curve)
         data = save({"weight": self.weight.float().contiguous(), "bias": self.bias.float().contiguous()}, metadata)
         end = 8 + int.from_bytes(data[:8], "little")
         header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))  # else its order is random, and so are the bytes
@@ -165,7 +168,8 @@ class Judge:
             meta = f.metadata() or {}
             if meta.get("format") != FORMAT or sorted(f.keys()) != ["bias", "weight"]:
                 raise UserError(f"{path} is not a judge file of format {FORMAT}; make one with train_judge.py")
-            judge = cls(f.get_tensor("weight").float(), f.get_tensor("bias").float(), float(meta["threshold"]), meta["target"])
+            curve = tuple(map(tuple, json.loads(meta.get("curve", "[]"))))
+            judge = cls(f.get_tensor("weight").float(), f.get_tensor("bias").float(), float(meta["threshold"]), meta["target"], curve)
         if judge.weight.shape != (1, dim):
             raise UserError(f"judge {path} is for a target of width {judge.weight.shape[-1]}, but {target_name} has width {dim}; "
                             "train one for this target with train_judge.py")
