@@ -254,7 +254,8 @@ class Miner:
         at = mining.SEARCHES[self.args.search](tokens, self.go_on)
         if isinstance(at, str):
             return at
-        return [about(line) | {"answer": line["answer"], "error": list(offsets[at])}] if offsets[at][0] < offsets[at][1] else "the error has no characters"
+        start, end = offsets[at]
+        return [about(line) | {"answer": line["answer"], "error": [start, end]}] if start < end else "the error has no characters"
 
     def autojudge(self, line) -> list[dict] | str:
         """The judge data of a walk through the target's own answer: one line for each swap that mattered, cut after it, and the last answer.
@@ -268,8 +269,8 @@ class Miner:
         last, swaps = walk
         base = about(line) | {"source_model": "autojudge", "temperature": 0.0}
         found = [(mining.characters(self.tokenizer, prompt, s.tokens, s.at), s) for s in swaps]
-        lines = [base | {"answer": mark[0], "error": mark[1], "instead_of": self.tokenizer.decode_new(prompt, [s.instead_of] if s.instead_of is not None else [])}
-                 for mark, s in found if mark and s.important]
+        own = lambda s: "" if s.instead_of is None else self.tokenizer.decode_new(prompt, [s.instead_of])
+        lines = [base | {"answer": mark[0], "error": mark[1], "instead_of": own(s)} for mark, s in found if mark and s.important]
         unimportant = [mark[1] for mark, s in found if mark and not s.important]
         tokens = self.tokenizer.encode(last.text, continuation=True)
         if last.text and self.tokenizer.decode_new(prompt, tokens) == last.text:
@@ -297,7 +298,7 @@ def mine(args):
         group.setdefault((line["prompt"], line["chat"]), []).append(line)  # one prompt's answers together: they share the cache
     units = [line for same in group.values() for line in (same[:1] if args.method == "autojudge" else same)]
     log = Log(args.out.with_name(args.out.name + ".part"), {
-        "data": sha(args.data), "method": args.method, "search": args.search if args.method == "first_error" else None, "device": args.device,
+        "data": sha(args.data), "method": args.method, "search": args.search, "device": args.device,
         "dtype": str(args.dtype).removeprefix("torch."),
         "models": {name: fingerprint(d) for name, d in (("target", args.target), ("draft", args.draft)) if d}})
     results = log.lines()
@@ -350,25 +351,23 @@ def merge(args):
                             "such as a weaker model's or some at a higher temperature, or try another --seed or --val_share")
     tokenizer = Tokenizer.from_dir(args.target) if args.target else None
     table = [summary(name, part, tokenizer) for name, part in parts.items()]
-    write_lines({path: [{k: v for k, v in e.items() if k != "where"} for e in parts[name]] for name, path in (("train", args.train), ("val", args.val))})
+    plain = lambda part: [{k: v for k, v in e.items() if k != "where"} for e in part]
+    write_lines({args.train: plain(parts["train"]), args.val: plain(parts["val"])})
     print("\n".join(table))
     if again:
-        print(f"{again:,} answers came twice and were dropped" + (f", {otherwise:,} of them marked otherwise than the first time" if otherwise else ""))
+        print(f"{again:,} answers came twice and were dropped, {otherwise:,} of them marked otherwise than the first time")
 
 
 def summary(name: str, part: list[dict], tokenizer) -> str:
     """A line about a file: answers, what they hold by `label_tokens` (without a tokenizer: of characters), domains."""
-    unit, labels = "characters", []
+    labels, domains = [], {}
     for e in part:
         pieces = tokenizer.encode_with_offsets(e["answer"], continuation=True)[1] if tokenizer else [(i, i + 1) for i in range(len(e["answer"]))]
         labels += label_tokens(pieces, e["error"])
-    if tokenizer:
-        unit = "tokens"
-    domains = {}
-    for e in part:
         domains[str(e.get("domain"))] = domains.get(str(e.get("domain")), 0) + 1
-    return (f"{name:6}{len({e['prompt'] for e in part}):6,} prompts {len(part):7,} answers, {sum(e['error'] is not None for e in part):,} with an error  "
-            f"{len(labels):9,} {unit}, {labels.count(0):,} negative  " + ", ".join(f"{d} {n:,}" for d, n in sorted(domains.items())))
+    return (f"{name:5} {len({e['prompt'] for e in part}):7,} prompts {len(part):8,} answers {sum(e['error'] is not None for e in part):7,} with an error "
+            f"{len(labels):10,} {'tokens' if tokenizer else 'characters'} {labels.count(0):7,} negative   "
+            + ", ".join(f"{d} {n:,}" for d, n in sorted(domains.items())))
 
 
 # ---------------------------------------------------------------- command line
@@ -390,9 +389,9 @@ def parse_args(argv=None):
     m = commands.add_parser("mine", help="labels from the answers and a checker, without a human")
     m.add_argument("--data", type=Path, required=True, help="the file that generate wrote")
     m.add_argument("--target", type=Path, required=True, help="checkpoint directory")
-    m.add_argument("--draft", type=Path, help="checkpoint directory of the draft: autojudge swaps its tokens in; both methods speculate with it, which is faster")
+    m.add_argument("--draft", type=Path, help="checkpoint directory of the draft: autojudge swaps its tokens in, and the target goes on faster with it")
     m.add_argument("--method", choices=("first_error", "autojudge"), required=True)
-    m.add_argument("--search", choices=mining.SEARCHES, default="scan", help="first_error: scan finds the first error, bisect one of perhaps several "
+    m.add_argument("--search", choices=mining.SEARCHES, help="first_error: scan finds the first error, bisect one of perhaps several "
                    "in fewer questions (default scan)")
     m.add_argument("--speculate_k", type=int, default=8, help="drafted tokens per round (default 8)")
     m.add_argument("--out", type=Path, required=True, help="judge data")
@@ -413,6 +412,8 @@ def parse_args(argv=None):
     if args.command == "generate":
         args.temperatures = temperatures(args.temperatures)
     check_args(args)
+    if args.command == "mine" and args.method == "first_error":
+        args.search = args.search or "scan"
     return args
 
 
@@ -436,6 +437,7 @@ def check_args(args):
             (a.max_new_tokens is not None and a.max_new_tokens < 1, f"--max_new_tokens is {a.max_new_tokens}; it must be at least 1"),
             (a.speculate_k < 1, f"--speculate_k is {a.speculate_k}; it must be at least 1"),
             (a.method == "autojudge" and not a.draft, "--method autojudge needs --draft DIR: its tokens are swapped in"),
+            (a.method == "autojudge" and a.search, "--search is for --method first_error; leave it out"),
             (not 0 < a.val_share < 1, f"--val_share is {a.val_share}; it must be between 0 and 1"),
             (a.train == a.val, "--train and --val are the same file"),
             (a.device == "cuda" and not torch.cuda.is_available(), "--device cuda: this PyTorch sees no CUDA device; use --device cpu"),

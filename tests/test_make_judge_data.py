@@ -20,7 +20,7 @@ from mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters
 from tasks import TASKS, Score
 from test_tokenizer import every, homes  # noqa: F401 (a fixture)
 from tokenizer import Tokenizer
-from train_judge import label_tokens, read_data
+from train_judge import features, label_tokens, read_data
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -49,12 +49,12 @@ def toy():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A target, a draft that often agrees, a model of another tokenizer, and nine problems. Every tenth token ends an answer."""
+    """A target, a draft that often agrees, a model of another tokenizer, and 21 problems. Every seventh token ends an answer."""
     home = tmp_path_factory.mktemp("pair")
     lines = (DEMO / "problems.jsonl").read_text().splitlines()
-    (home / "problems.jsonl").write_text("\n".join(lines[i] for i in (0, 1, 2, 300, 301, 302, 600, 601, 602)) + "\n")
-    config = tiny_config(vocab_size=1024, max_position_embeddings=512, eos_token_id=[2, *range(7, 1024, 10)])
-    for name, noise in (("target", 0.0), ("draft", 0.03)):
+    (home / "problems.jsonl").write_text("\n".join(lines[i] for i in [d + i for d in (0, 300, 600) for i in range(7)]) + "\n")
+    config = tiny_config(vocab_size=1024, max_position_embeddings=512, eos_token_id=[2, *range(7, 1024, 7)])
+    for name, noise in (("target", 0.0), ("draft", 0.05)):
         model = random_model(config, seed=1)
         for p in model.parameters():
             p.data += noise * torch.randn_like(p)
@@ -83,7 +83,7 @@ def lines_of(path):
 
 def test_every_model_answers_every_prompt(pair, answers):
     lines = lines_of(answers)
-    assert len(lines) == 2 * 9 * 3 and len({(a["source_model"], a["id"], a["temperature"], a["sample"]) for a in lines}) == len(lines)
+    assert len(lines) == 2 * 21 * 3 and len({(a["source_model"], a["id"], a["temperature"], a["sample"]) for a in lines}) == len(lines)
     assert {a["source_model"] for a in lines} == {"target", "draft"} and {a["domain"] for a in lines} == {"maths", "code", "facts"}
     assert 0 < sum(a["right"] for a in lines) < len(lines) and 0 < sum(a["ended"] for a in lines)
     assert len({a["answer"] for a in lines if a["temperature"]}) > 20 and str(pair) not in answers.read_text()
@@ -156,8 +156,9 @@ def test_models_are_told_apart_by_the_shortest_names(tmp_path):
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real files are not here")
-@pytest.mark.parametrize("name,task,count", [("gsm8k_test.jsonl", "gsm8k", 1319), ("gsm8k_train_1000.jsonl", "gsm8k", 1000),
-                                             ("HumanEval.jsonl.gz", "humaneval", 164), ("ARC-Challenge-Test.jsonl", "arc", 1172), ("alpaca_80.jsonl", None, 80)])
+@pytest.mark.parametrize("name,task,count", [
+    ("gsm8k_test.jsonl", "gsm8k", 1319), ("gsm8k_train_1000.jsonl", "gsm8k", 1000), ("HumanEval.jsonl.gz", "humaneval", 164),
+    ("ARC-Challenge-Test.jsonl", "arc", 1172), ("alpaca_80.jsonl", None, 80)])
 def test_real_files_are_recognised(name, task, count):
     args = SimpleNamespace(prompts=DATA / name, task=None, chat=False, allow_code_execution=True, limit=None)
     prompts = M.read_prompts(args)
@@ -190,11 +191,9 @@ def from_scratch(pair):
 
     def asker(prompt, limit):
         def ask(prefix):
-            tokens = prefix
-            if limit > len(prefix):
-                tokens = prefix + G.generate(G.Engine(model), prompt + prefix, limit - len(prefix), tokenizer.eos_ids).tokens
-            ended = len(tokens) > len(prefix) and tokens[-1] in tokenizer.eos_ids
-            tokens = [t for t in tokens if t not in tokenizer.eos_ids]
+            new = G.generate(G.Engine(model), prompt + prefix, limit - len(prefix), tokenizer.eos_ids).tokens if limit > len(prefix) else [-1]
+            ended = new[-1] in tokenizer.eos_ids
+            tokens = prefix + [t for t in new if t >= 0 and t not in tokenizer.eos_ids]
             text = tokenizer.decode_new(prompt, tokens)
             return Outcome(tokens, text, ended, ended and len(text) % 3 > 0)
         return ask
@@ -205,63 +204,82 @@ def limit_of(answers, tokenizer):
     return max(len(tokenizer.encode(a["answer"], continuation=True)) for a in answers) + 24
 
 
+@pytest.fixture(scope="module")
+def brute_force(pair, answers):
+    """([(prompt, answer, error)], number left out): every prefix of every wrong answer tried."""
+    asker, tokenizer = from_scratch(pair)
+    lines, found = lines_of(answers), []
+    prompts = [a["prompt"] for a in lines]
+    for a in sorted(lines, key=lambda a: prompts.index(a["prompt"])):
+        error = None
+        if not a["ended"] or not a["answer"]:
+            continue
+        if not a["right"]:
+            tokens, offsets = tokenizer.encode_with_offsets(a["answer"], continuation=True)
+            ask = asker(tokenizer.encode(a["prompt"]), limit_of(lines, tokenizer))
+            good = [ask(tokens[:n]).good for n in range(len(tokens) + 1)]
+            if not good[0] or all(good):
+                continue
+            error = list(offsets[good.index(False) - 1])
+        found.append((a["prompt"], a["answer"], error))
+    return found, len(lines) - len(found)
+
+
 @pytest.mark.parametrize("draft", [False, True])
-def test_first_errors_equal_brute_force_over_all_prefixes(pair, answers, tmp_path, capsys, draft):
-    out = tmp_path / "m.jsonl"
+def test_first_errors_equal_brute_force_over_all_prefixes(pair, answers, brute_force, tmp_path, capsys, draft):
+    out, (want, left_out) = tmp_path / "m.jsonl", brute_force
     M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--method", "first_error", "--device", "cpu", "--out", str(out),
             *(["--draft", str(pair / "draft"), "--speculate_k", "3"] if draft else [])])
     said = capsys.readouterr().out
-    asker, tokenizer = from_scratch(pair)
-    lines, want, reasons = lines_of(answers), [], 0
-    for a in sorted(lines, key=lambda a: [b["prompt"] for b in lines].index(a["prompt"])):
-        error = None
-        if not a["ended"] or not a["answer"]:
-            reasons += 1
-            continue
-        if not a["right"]:
-            prompt = tokenizer.encode(a["prompt"])
-            tokens, offsets = tokenizer.encode_with_offsets(a["answer"], continuation=True)
-            ask = asker(prompt, limit_of(lines, tokenizer))
-            good = [ask(tokens[:n]).good for n in range(len(tokens) + 1)]
-            if not good[0] or all(good):
-                reasons += 1
-                continue
-            error = list(offsets[good.index(False) - 1])
-        want.append((a["prompt"], a["answer"], error))
-    got = [(m["prompt"], m["answer"], m["error"]) for m in read_data(out)]
-    assert got == want and sum(e is not None for *_, e in want) >= 5 and any(e and e[0] > 0 for *_, e in want)
+    assert [(m["prompt"], m["answer"], m["error"]) for m in read_data(out)] == want
+    assert sum(e is not None for *_, e in want) >= 10 and sum(bool(e) and e[0] > 0 for *_, e in want) >= 3
     left = said[said.index("left out: "):]
-    assert reasons == sum(int(n.split()[0]) for n in left.removeprefix("left out: ").split("; ")) and FAILS in left
+    assert left_out == sum(int(n.split()[0]) for n in left.removeprefix("left out: ").split("; ")) and FAILS in left
     assert "were in the cache already" in said and "so it saved about" in said
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_mining_resumes_wherever_it_was_cut(pair, answers, tmp_path, monkeypatch):
-    command = ["mine", "--data", str(answers), "--target", str(pair / "target"), "--draft", str(pair / "draft"), "--device", "cpu", "--out", str(tmp_path / "m.jsonl")]
-    kept = []
-    for method in ("first_error", "autojudge"):
-        with monkeypatch.context() as m:
-            m.setattr(M.Log, "remove", lambda self: kept.append(self.path.read_bytes()))
-            M.main([*command, "--method", method])
-        part, whole = tmp_path / "m.jsonl.part", (tmp_path / "m.jsonl").read_bytes()
-        for size in (0, len(kept[-1]) // 2, len(kept[-1]) - 3, len(kept[-1])):
-            part.write_bytes(kept[-1][:size])
-            (tmp_path / "m.jsonl.part.settings.json").exists() or shutil.copy(tmp_path / "s.json", tmp_path / "m.jsonl.part.settings.json")
-            shutil.copy(tmp_path / "m.jsonl.part.settings.json", tmp_path / "s.json")
-            (tmp_path / "m.jsonl").unlink()
-            M.main([*command, "--method", method])
-            assert (tmp_path / "m.jsonl").read_bytes() == whole and not part.exists()
-    part.write_bytes(kept[-1])
-    shutil.copy(tmp_path / "s.json", tmp_path / "m.jsonl.part.settings.json")
-    with pytest.raises(UserError, match="method was autojudge, now first_error"):
-        M.main([*command, "--method", "first_error"])
+def some(answers, out, count):
+    """The answers to the first `count` prompts of each domain."""
+    kept = {a["id"] for a in lines_of(answers) if int(a["id"].split("/")[1]) % 7 < count}
+    out.write_text("".join(json.dumps(a) + "\n" for a in lines_of(answers) if a["id"] in kept))
+    return out
+
+
+@pytest.mark.parametrize("method", ["first_error", "autojudge"])
+def test_mining_resumes_wherever_it_was_cut(pair, answers, tmp_path, monkeypatch, method):
+    out, kept = tmp_path / "m.jsonl", []
+    part, settings = tmp_path / "m.jsonl.part", tmp_path / "m.jsonl.part.settings.json"
+    command = ["mine", "--data", str(some(answers, tmp_path / "a.jsonl", 2)), "--target", str(pair / "target"), "--draft", str(pair / "draft"),
+               "--device", "cpu", "--out", str(out), "--method"]
+    with monkeypatch.context() as m:
+        m.setattr(M.Log, "remove", lambda self: kept.extend((self.path.read_bytes(), self.about.read_bytes())))
+        M.main([*command, method])
+    whole = out.read_bytes()
+    results = [json.loads(line) for line in kept[0].splitlines()]
+    monkeypatch.setattr(M.Miner, method, lambda self, line: (r := results[order.index(line["where"].rsplit(" ", 1)[1])]).get("lines") or r["left_out"])
+    lines = lines_of(tmp_path / "a.jsonl")
+    order = []  # of the lines' numbers: one prompt's together
+    for prompt in dict.fromkeys(a["prompt"] for a in lines):
+        order += [str(i) for i, a in enumerate(lines, 1) if a["prompt"] == prompt][:1 if method == "autojudge" else None]
+    for size in {0, 1, *(random.Random(0).randrange(len(kept[0])) for _ in range(8)), len(kept[0]) - 1, len(kept[0])}:
+        part.write_bytes(kept[0][:size])
+        settings.write_bytes(kept[1])
+        out.unlink(missing_ok=True)
+        M.main([*command, method])
+        assert out.read_bytes() == whole and not part.exists() and not settings.exists()
+    part.write_bytes(kept[0])
+    settings.write_bytes(kept[1])
+    other = "autojudge" if method == "first_error" else "first_error"
+    with pytest.raises(UserError, match=f"method was {method}, now {other}"):
+        M.main([*command, other])
 
 
 def test_autojudge_equals_brute_force(pair, answers, tmp_path):
     """The walk written anew, from scratch at every step: labels of single tokens against the lines of `mine`."""
-    out = tmp_path / "m.jsonl"
+    out, answers = tmp_path / "m.jsonl", some(answers, tmp_path / "a.jsonl", 3)
     M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--draft", str(pair / "draft"), "--method", "autojudge", "--device", "cpu",
-            "--out", str(out)])
+            "--speculate_k", "3", "--out", str(out)])
     asker, tokenizer = from_scratch(pair)
     draft, lines, mined = G.load(pair / "draft", dtype=torch.float32), lines_of(answers), read_data(out)
     important = unimportant = 0
@@ -284,8 +302,8 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
             if m["error"]:
                 assert whole[m["answer"]] and m["error"][1] == len(m["answer"])
                 ids, offsets = tokenizer.encode_with_offsets(m["answer"], continuation=True)
-                assert label_tokens(offsets, m["error"]) == [1] * (len(ids) - 1) + [0] and ids[-1] == next(t for t, w in labels if
-                                                                                                         tokenizer.decode_new(prompt, t) == m["answer"])[-1]
+                swapped = next(t for t, _ in labels if tokenizer.decode_new(prompt, t) == m["answer"])[-1]
+                assert label_tokens(offsets, m["error"]) == [1] * (len(ids) - 1) + [0] and ids[-1] == swapped
                 important += 1
             else:
                 assert m["answer"] == final
@@ -293,7 +311,9 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
         same = [t for t, wrong in labels if wrong and tokenizer.encode(tokenizer.decode_new(prompt, t), continuation=True) == t]
         assert sum(m["error"] is not None for m in got) >= len(same)  # all that can be marked are
         assert bool(final) == any(m["error"] is None for m in got)
-    assert important >= 3 and unimportant >= 3
+    assert important >= 5 and unimportant >= 5
+    _, labels, _ = features(G.load(pair / "target", dtype=torch.float32), tokenizer, mined)  # train_judge.py reads the lines as they are
+    assert int((labels == 0).sum()) == important
 
 
 def test_searches_on_made_up_outcomes():
@@ -446,6 +466,7 @@ def test_refusals(pair, answers, homes, tmp_path, monkeypatch):  # noqa: F811
     generate = ["generate", "--models", str(pair / "target"), "--device", "cpu", "--out", str(out), "--prompts"]
     for command, message in (
             ([*mine, "autojudge"], "--method autojudge needs --draft"), ([*mine, "autojudge", "--draft", str(other)], "different tokenizers; speculation needs the same"),
+            ([*mine, "autojudge", "--draft", str(pair / "draft"), "--search", "bisect"], "--search is for --method first_error"),
             ([*use(bad), "first_error"], "bad.jsonl, line 2: 'right' is missing"), ([*use(wordy), "first_error"], "wordy.jsonl, line 2: prompt and answer have"),
             ([*use(plain), "first_error"], "no answers of a task with a checker"), ([*use(code), "first_error"], "--allow_code_execution"),
             ([*use(tmp_path / "none"), "first_error"], "cannot read"), ([*generate, str(long)], "long.jsonl, line 2: the prompt has .* whose context is 512"),
