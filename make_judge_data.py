@@ -57,6 +57,8 @@ class Log:
         changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items() if key != "models" and saved.get(key) != value]
         models = saved.get("models", {})
         changed += [f"model {name} was {models[name]}, now {value}" for name, value in now["models"].items() if models.get(name, value) != value]
+        changed += [f"model {old} is now called {name}" for name, value in now["models"].items() for old in models
+                    if models[old] == value and old not in now["models"] and name not in models]
         if changed:
             raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. Take another --out, or remove this one")
         return now | {"models": models | now["models"]}

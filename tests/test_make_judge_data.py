@@ -142,6 +142,8 @@ def test_more_is_added_and_other_settings_are_refused_by_name(pair, answers, tmp
     shutil.copytree(pair / "draft", tmp_path / "target")
     with pytest.raises(UserError, match="model target was .*, now "):
         M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(tmp_path / "target"), "--device", "cpu", "--out", str(out)])
+    with pytest.raises(UserError, match="model target is now called .*/target"):  # else its answers would be made again
+        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(pair / "target"), str(tmp_path / "target"), "--device", "cpu", "--out", str(out)])
     (tmp_path / "a.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match="not known how it was made"):
         M.main(flags(pair, out))
