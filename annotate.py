@@ -26,7 +26,7 @@ MAX_BODY = 10_000_000  # bytes; a decision holds the marked text
 # ---------------------------------------------------------------- files
 
 def json_lines(path: Path, torn=lambda tail: False) -> list[tuple[int, int, int, object]]:
-    """(line number, start and end in bytes, value) of each line that is not blank; one that is not JSON is refused, unless it is the last and `torn`."""
+    """(number, start and end in bytes, value) of each line that is not blank; one that is not JSON is refused, unless it is the last and `torn`."""
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -202,7 +202,8 @@ class Annotation:
     def state(self) -> dict:
         """What the page shows."""
         choices = [c for _, c in self.decisions]
-        state = {"name": self.name, "total": len(self.answers), "correct": choices.count(None), "skipped": choices.count(SKIP), "decided": len(choices)}
+        state = {"name": self.name, "total": len(self.answers), "decided": len(choices),
+                 "correct": choices.count(None), "skipped": choices.count(SKIP)}
         if self.shown is None:
             return state
         number, line = self.answers[self.shown]
@@ -212,7 +213,8 @@ class Annotation:
 
 def is_error(error, answer) -> bool:
     """Whether this is what "error" may be: null, or [start, end] of at least one character."""
-    return error is None or (isinstance(error, list) and len(error) == 2 and all(type(x) is int for x in error) and 0 <= error[0] < error[1] <= len(answer))
+    return error is None or (isinstance(error, list) and len(error) == 2 and all(type(x) is int for x in error)
+                             and 0 <= error[0] < error[1] <= len(answer))
 
 
 # ---------------------------------------------------------------- doubt
@@ -235,7 +237,7 @@ class Doubt:
         return self.tokenizer.chat([{"role": "user", "content": prompt}]) if self.chat else self.tokenizer.encode(prompt)
 
     def __call__(self, prompt: str, answer: str) -> list[tuple[int, int, float]]:
-        """(start, end, doubt) of stretches of the answer's characters; doubt is 1 - sigmoid(score). Raises UserError if it does not fit the context."""
+        """(start, end, doubt) of stretches of the answer's characters; doubt is 1 - sigmoid(score). UserError: it does not fit the context."""
         torch, before = self.torch, self.encode(prompt)
         tokens, offsets = self.tokenizer.encode_with_offsets(answer, continuation=True)
         length, limit = len(before) + len(tokens), self.target.config.max_seq_len
@@ -283,26 +285,30 @@ class Handler(BaseHTTPRequestHandler):
             status, kind, body, headers = e.args[0], "text/plain", e.args[1].encode(), {}
         self.send_response(status)
         for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer", **headers}.items():
+                            "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+                            "Cross-Origin-Opener-Policy": "same-origin", "Referrer-Policy": "no-referrer", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
     def check_origin(self):
         """Only this page may ask: a foreign Host is DNS rebinding, a foreign Origin or Sec-Fetch-Site another site's page."""
-        host, port = self.headers.get_all("Host", []), self.server.server_address[1]
-        if len(host) != 1 or host[0] not in (f"127.0.0.1:{port}", f"localhost:{port}", *(("127.0.0.1", "localhost") if port == 80 else ())):
+        port = self.server.server_address[1]
+        suffix = "" if port == 80 else f":{port}"
+        every = self.headers.get_all
+        host = every("Host", [])
+        if len(host) != 1 or host[0] not in ("127.0.0.1" + suffix, "localhost" + suffix):
             raise Refused(403, "this server answers to 127.0.0.1 and localhost only")
-        if any(o != f"http://{host[0]}" for o in self.headers.get_all("Origin", [])) or self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        if set(every("Origin", [])) - {f"http://{host[0]}"} or set(every("Sec-Fetch-Site", [])) - {"none", "same-origin"}:
             raise Refused(403, "this came from another site; paste the address that annotate.py printed into the address bar")
 
     def page(self):
         if self.path.partition("?")[0] != "/":
             raise Refused(404, "there is one page, /")
         nonce = secrets.token_urlsafe(16)
-        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-                  "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
-        return 200, "text/html", self.server.html.replace("NONCE", nonce).encode(), {"Content-Security-Policy": policy, "Cross-Origin-Opener-Policy": "same-origin"}
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
+                  "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
+        return 200, "text/html", self.server.html.replace("NONCE", nonce).encode(), {"Content-Security-Policy": policy}
 
     def act(self):
         s = self.server
@@ -332,10 +338,8 @@ class Handler(BaseHTTPRequestHandler):
                     a.decide(self.choice(asked, a))
                 elif self.path == "/undo":
                     a.undo()
-            except OSError as e:
-                raise Refused(500, f"nothing was saved: cannot write: {e.strerror}") from None
-            except UserError as e:
-                raise Refused(500, f"nothing was saved: {e}") from None
+            except (OSError, UserError) as e:
+                raise Refused(500, f"nothing was saved: {getattr(e, 'strerror', None) or e}") from None
             return a.state()
 
     @staticmethod

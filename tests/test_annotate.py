@@ -27,8 +27,10 @@ from train_judge import read_data
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
 CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-browser_only = pytest.mark.skipif(not (CHROME and DRIVER), reason="needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+browser_only = pytest.mark.skipif(not (CHROME and DRIVER),
+                                  reason="needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
 
+QUESTION = "Question: Mira has 3 eggs. Mira finds 4 more. How many eggs does Mira have now?\nAnswer:"
 FAMILY = "👩‍👩‍👧"  # five code points, eight UTF-16 units
 ANSWERS = [
     f"First 🎉 line, {FAMILY} is fine.\nSecond e\u0301 line\r\nthird: 3 + 4 = 8 🎈 apples.\n\n  So 8.\n",
@@ -48,15 +50,16 @@ def lines_of(path):
 
 @pytest.fixture
 def data(tmp_path):
-    return write(tmp_path / "answers.jsonl", [{"prompt": f"Prompt {i} <b>&", "answer": a, "domain": "x", "error": [0, 1]} for i, a in enumerate(ANSWERS)])
+    lines = [{"prompt": f"Prompt {i} <b>&", "answer": a, "domain": "x", "error": [0, 1]} for i, a in enumerate(ANSWERS)]
+    return write(tmp_path / "answers.jsonl", lines)
 
 
 class App:
     """annotate.py as a process, and its requests as the page makes them."""
 
-    def __init__(self, data, out, *more):
-        self.process = subprocess.Popen([sys.executable, "annotate.py", "--data", data, "--out", out, "--port", "0", *more], cwd=ROOT,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def __init__(self, data, out, *more, python=()):
+        command = [sys.executable, *python, "annotate.py", "--data", data, "--out", out, "--port", "0", *more]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.first = self.process.stdout.readline()
         line = self.process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), (self.first, line, self.process.poll() and self.process.stderr.read())
@@ -88,8 +91,8 @@ class App:
 # ---------------------------------------------------------------- the browser
 
 class Browser:
-    KEYS = {"shift": "\ue008", "control": "\ue009", "left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015", "end": "\ue010", "home": "\ue011",
-            "enter": "\ue007", "escape": "\ue00c"}
+    KEYS = {"shift": "\ue008", "control": "\ue009", "left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015",
+            "end": "\ue010", "home": "\ue011", "enter": "\ue007", "escape": "\ue00c"}
 
     def __init__(self, folder):
         self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -104,7 +107,8 @@ class Browser:
         self.base += "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
 
     def call(self, method, path, body=None):
-        request = urllib.request.Request(self.base + path, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}, method=method)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return json.load(reply)["value"]
@@ -135,8 +139,8 @@ class Browser:
     def decided(self, count, total=len(ANSWERS)):
         self.until("return document.getElementById('where').textContent === arguments[0]", f"{count} of {total}")
 
-    def said(self):
-        return self.js("return document.getElementById('said').textContent")
+    def says(self, text):
+        self.until("return document.getElementById('said').textContent.includes(arguments[0])", text)
 
     def point(self, answer, at):
         """The left edge of the answer's character `at`, in the window; text nodes are counted here, not by the page's own code."""
@@ -153,15 +157,23 @@ class Browser:
               }
             throw Error('no such character');""", units)
 
+    def mouse(self, *points, times=1):
+        """Press the button at the first point, go over the others, release it."""
+        moves = [{"type": "pointerMove", "duration": 20, "x": x, "y": y} for x, y in points]
+        down, up = {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}
+        self.actions({"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": moves[:1] + [down, *moves[1:], up] * times})
+
     def drag(self, answer, start, end):
         """Press at the left edge of the character `start`, go and release at that of `end`."""
         (x0, y0), (x1, y1) = self.point(answer, start), self.point(answer, end)
-        move = lambda x, y: {"type": "pointerMove", "duration": 20, "x": x, "y": y}
-        self.actions("pointer", move(x0, y0), {"type": "pointerDown", "button": 0}, move((x0 + x1) // 2, (y0 + y1) // 2), move(x1, y1), {"type": "pointerUp", "button": 0})
+        self.mouse((x0, y0), ((x0 + x1) // 2, (y0 + y1) // 2), (x1, y1))
 
-    def actions(self, kind, *steps):
-        self.call("POST", "/actions", {"actions": [{"type": kind, "id": kind, **({"parameters": {"pointerType": "mouse"}} if kind == "pointer" else {}), "actions": steps}]})
-        time.sleep(0.05)
+    def click(self, selector):
+        element = self.call("POST", "/element", {"using": "css selector", "value": selector})
+        self.call("POST", f"/element/{next(iter(element.values()))}/click", {})
+
+    def actions(self, source):
+        self.call("POST", "/actions", {"actions": [source]})
 
     def press(self, *keys):
         """Each is a key, or several held together as in shift+right, or that times a number: shift+right*3."""
@@ -171,7 +183,10 @@ class Browser:
             for _ in range(int(times or 1)):
                 held = [self.KEYS.get(k, k) for k in key.split("+")]
                 steps += [{"type": "keyDown", "value": k} for k in held] + [{"type": "keyUp", "value": k} for k in reversed(held)]
-        self.actions("key", *steps)
+        self.keys(*steps)
+
+    def keys(self, *steps):
+        self.actions({"type": "key", "id": "keys", "actions": list(steps)})
 
     def screenshot(self, path):
         path.write_bytes(base64.b64decode(self.call("GET", "/screenshot")))
@@ -196,7 +211,7 @@ def test_marks_by_drag_and_keys_land_exactly(browser, data, tmp_path):
         for start, end in ((a.index("🎉"), a.index("ond")), (a.index("line\r"), a.index("rd: 3")), (a.index("So"), a.index("= 8"))):
             browser.drag(a, start, end)
             start, end = sorted((start, end))
-            assert f"characters {start} to {end} of {len(a)}:" in browser.said()
+            browser.says(f"characters {start} to {end} of {len(a)}:")
             assert browser.js("return [...document.querySelectorAll('#answer .marked')].map(e => e.textContent).join('')") == a[start:end]
             assert lines_of(out) == []  # a mark is not yet a decision
             browser.press("enter")
@@ -205,12 +220,12 @@ def test_marks_by_drag_and_keys_land_exactly(browser, data, tmp_path):
             browser.press("u")
             browser.decided(0)
             assert lines_of(out) == []
-            assert f"characters {start} to {end} of" in browser.said()  # the undone mark is there to be mended
+            browser.says(f"characters {start} to {end} of")  # the undone mark is there to be mended
             browser.press("escape")
         # by keys alone: past the emoji, over the family (one step), to the line's end and over the break
         start = a.index(FAMILY)
         browser.press("control+home", f"right*{start}", "shift+right")
-        assert f"characters {start} to {start + 5} of" in browser.said()
+        browser.says(f"characters {start} to {start + 5} of")
         browser.press("shift+end", "shift+right*3", "enter")
         browser.decided(1)
         assert lines_of(out) == expect((0, [start, a.index("\n") + 3]))
@@ -229,7 +244,7 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         browser.decided(0)
         browser.press("enter")  # nothing is marked
         browser.decided(0)
-        assert "Nothing is marked" in browser.said()
+        browser.says("Nothing is marked")
         browser.press("s")
         browser.decided(1)
         # HTML stays text, and a NUL, a line separator and the like are still counted
@@ -238,7 +253,7 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         assert browser.js("return document.title") == "Mark the first error"
         browser.press("control+end", "shift+left*3", "c")  # refused: something is marked
         browser.decided(1)
-        assert "An error is marked" in browser.said()
+        browser.says("An error is marked")
         browser.press("enter")
         browser.decided(2)
         browser.press("c")
@@ -279,24 +294,49 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
 
 
 @browser_only
+def test_clicks_and_drags_from_outside(browser, data, tmp_path):
+    a = ANSWERS[0]
+    with App(data, tmp_path / "out.jsonl") as app:
+        browser.open(app.url)
+        browser.decided(0)
+        browser.mouse(browser.point(a, a.index("ird")), times=2)
+        browser.says("“third”")
+        browser.mouse(browser.point(a, a.index("is fine")))
+        browser.says("Drag over")  # a click places the cursor and clears the mark
+        browser.press("shift+right*2")
+        browser.says("“is”")
+        x, y = browser.js("const b = document.getElementById('prompt').getBoundingClientRect(); return [b.left + 2, b.top + 5].map(Math.round)")
+        browser.mouse((x, y), browser.point(a, a.index("line,")))
+        browser.says(f"characters 0 to {a.index('line,')} of")  # what of it lies in the answer
+        browser.mouse((x, y), (x + 60, y))  # the prompt can be selected, and copied, without harm to the mark
+        browser.press("shift+right")
+        browser.says(f"characters 0 to {a.index('line,') + 1} of")
+        assert browser.js("return getSelection().toString()").startswith("Prom")
+        browser.mouse(browser.point(a, a.index("ond")))
+        browser.keys({"type": "keyDown", "value": browser.KEYS["shift"]})
+        browser.mouse(browser.point(a, a.index("third")))
+        browser.keys({"type": "keyUp", "value": browser.KEYS["shift"]})
+        browser.says(f"characters {a.index('ond')} to {a.index('third')} of")
+
+
+@browser_only
 def test_the_mouse_buttons_right_to_left_and_lone_surrogates(browser, data, tmp_path):
     out = tmp_path / "out.jsonl"
-    click = lambda name: browser.call("POST", f"/element/{next(iter(browser.call('POST', '/element', {'using': 'css selector', 'value': '#' + name}).values()))}/click", {})
     with App(data, out) as app:
         for _ in range(4):
             app.decide("skip")
         browser.open(app.url)
         browser.decided(4)
         browser.press("right*5", "shift+right*7")  # keys go by the text's own order, whatever way it runs on the screen
-        click("save")
+        browser.click("#save")
         browser.decided(5)
         browser.press("right*4", "shift+right*2", "enter")  # after a click on a button Enter is still "save"
         browser.decided(6)
         assert [(line["answer"], line["error"]) for line in lines_of(out)] == [(ANSWERS[4], [5, 12]), (ANSWERS[5], [4, 6])]
-        click("undo")
+        browser.click("#undo")
         browser.decided(5)
         browser.press("escape")
-        click("correct")
+        browser.click("#correct")
         browser.decided(6)
         assert lines_of(out)[-1]["error"] is None
 
@@ -304,7 +344,7 @@ def test_the_mouse_buttons_right_to_left_and_lone_surrogates(browser, data, tmp_
 @browser_only
 def test_the_doubt_is_shown_behind_each_token(browser, tmp_path):
     good = "She has 3 + 4 = 7 eggs."
-    data = write(tmp_path / "answers.jsonl", [{"prompt": "Question: Mira has 3 eggs. Mira finds 4 more. How many eggs does Mira have now?\nAnswer:", "answer": good}])
+    data = write(tmp_path / "answers.jsonl", [{"prompt": QUESTION, "answer": good}])
     with App(data, tmp_path / "out.jsonl", "--target", DEMO / "target", "--judge", DEMO / "judge.safetensors") as app:
         browser.open(app.url)
         browser.until("return !document.getElementById('legend').hidden")
@@ -317,8 +357,7 @@ def test_the_doubt_is_shown_behind_each_token(browser, tmp_path):
 
 def test_doubt_is_the_judges_own_score(tmp_path):
     doubt = Doubt(DEMO / "target", DEMO / "judge.safetensors", chat=False)
-    prompt = "Question: Mira has 3 eggs. Mira finds 4 more. How many eggs does Mira have now?\nAnswer:"
-    answer = " Mira has 3 + 4 = 9 eggs.\n#### 9"
+    prompt, answer = QUESTION, " Mira has 3 + 4 = 9 eggs.\n#### 9"
     ids, offsets = doubt.tokenizer.encode_with_offsets(answer, continuation=True)
     before = doubt.tokenizer.encode(prompt)
     tokens = torch.tensor([before + ids])
@@ -364,8 +403,8 @@ def test_only_this_page_may_ask(data, tmp_path):
         nonce = headers["Content-Security-Policy"].split("script-src 'nonce-")[1].split("'")[0]
         assert "default-src 'none'" in headers["Content-Security-Policy"] and "unsafe" not in headers["Content-Security-Policy"]
         assert f'<script nonce="{nonce}">' in html and nonce not in app.request("GET", "/")[1] and app.token not in html
-        listening = [line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines() if line.split()[1].endswith(f":{app.port:04X}") and line.split()[3] == "0A"]
-        assert listening == [f"0100007F:{app.port:04X}"]
+        sockets = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()]
+        assert [a for a, _, status in sockets if a.endswith(f":{app.port:04X}") and status == "0A"] == [f"0100007F:{app.port:04X}"]  # loopback only
 
 
 def test_a_decision_that_does_not_fit_the_answer_is_refused(data, tmp_path):
@@ -461,15 +500,10 @@ def test_same_answers_are_told_apart_and_skips_come_back_without_their_file(tmp_
 
 
 def test_a_full_disk_saves_nothing_and_says_so(data, tmp_path):
-    limit = "import resource, runpy, sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); " \
-            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    limit = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+             "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
     out = tmp_path / "out.jsonl"
-    real, sys_executable = subprocess.Popen, sys.executable
-    app = App.__new__(App)
-    app.process = real([sys_executable, "-c", limit, "annotate.py", "--data", data, "--out", out, "--port", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    app.first, line = app.process.stdout.readline(), app.process.stdout.readline()
-    app.port, app.token = int(line.split(":")[2].split("/")[0]), line.split("#")[1].strip()
-    with app:
+    with App(data, out, python=("-c", limit)) as app:
         assert app.decide(None)[0] == 200
         before = out.read_bytes()
         status, said = app.decide(None)
