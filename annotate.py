@@ -275,6 +275,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(self.page)
 
     def do_POST(self):
+        length = self.headers.get("Content-Length", "")
+        fits = length.isdecimal() and int(length) <= MAX_BODY
+        self.body = self.rfile.read(int(length)) if fits else b""  # before any refusal: one that leaves it unread resets the connection
         self.answer(self.act)
 
     def answer(self, make):
@@ -315,10 +318,7 @@ class Handler(BaseHTTPRequestHandler):
         if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), s.token.encode()):
             raise Refused(403, "this page is not of the present run; open the address that annotate.py printed last")
         try:
-            length = int(self.headers.get("Content-Length", ""))
-            if not 0 < length <= MAX_BODY:
-                raise ValueError
-            asked = json.loads(self.rfile.read(length).decode())
+            asked = json.loads(self.body.decode())
             name = asked["name"]
         except (ValueError, KeyError, TypeError):
             raise Refused(400, "the request is not what this page sends") from None

@@ -71,7 +71,8 @@ class App:
 
     def __exit__(self, *_):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdout.close(), self.process.stderr.close()
 
     def request(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -160,8 +161,10 @@ class Browser:
     def mouse(self, *points, times=1):
         """Press the button at the first point, go over the others, release it."""
         moves = [{"type": "pointerMove", "duration": 20, "x": x, "y": y} for x, y in points]
-        down, up = {"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}
-        self.actions({"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": moves[:1] + [down, *moves[1:], up] * times})
+        self.pointer(*moves[:1], *[{"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}] * times)
+
+    def pointer(self, *steps):
+        self.actions({"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": list(steps)})
 
     def drag(self, answer, start, end):
         """Press at the left edge of the character `start`, go and release at that of `end`."""
@@ -297,6 +300,8 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
 def test_clicks_and_drags_from_outside(browser, data, tmp_path):
     a = ANSWERS[0]
     with App(data, tmp_path / "out.jsonl") as app:
+        browser.open(app.url + "x")
+        browser.says("not of the present run")
         browser.open(app.url)
         browser.decided(0)
         browser.mouse(browser.point(a, a.index("ird")), times=2)
@@ -350,6 +355,12 @@ def test_the_doubt_is_shown_behind_each_token(browser, tmp_path):
         browser.until("return !document.getElementById('legend').hidden")
         shown = browser.js("return [...document.querySelectorAll('#answer span')].map(e => [e.textContent, e.style.getPropertyValue('--doubt')])")
         _, reply = app.post("/doubt", name=app.post("/state", name=None)[1]["name"])
+        (x0, y0), (x1, y1) = browser.point(good, 4), browser.point(good, 9)
+        browser.js("late = 0; setTimeout(() => shade(state.name).then(() => late = 1), 100)")  # the doubt comes while the person drags
+        browser.pointer({"type": "pointerMove", "x": x0, "y": y0}, {"type": "pointerDown", "button": 0}, {"type": "pointerMove", "x": x0 + 15, "y": y0},
+                        {"type": "pause", "duration": 800}, {"type": "pointerMove", "x": x1, "y": y1}, {"type": "pointerUp", "button": 0})
+        assert browser.js("return late")
+        browser.says("characters 4 to 9 of")
     assert [[good[a:b], f"{d:.3f}"] for a, b, d in reply["runs"]] == shown
 
 
@@ -509,6 +520,14 @@ def test_a_full_disk_saves_nothing_and_says_so(data, tmp_path):
         status, said = app.decide(None)
         assert status == 500 and said.startswith("nothing was saved")
         assert out.read_bytes() == before and app.post("/state", name=None)[1]["decided"] == 1
+
+
+def test_ctrl_c_stops_with_the_count(data, tmp_path):
+    with App(data, tmp_path / "out.jsonl") as app:
+        app.decide(None)
+        app.process.send_signal(signal.SIGINT)
+        rest, err = app.process.communicate(timeout=30)
+        assert (app.process.returncode, err) == (130, "") and "1 of 6 answers decided" in rest
 
 
 # ---------------------------------------------------------------- bad input
