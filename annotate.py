@@ -158,7 +158,7 @@ class Annotation:
         foreign = "{} line {} is not a decision on an answer of {}; name another --out, or the --data that it was made from"
         for number, _, _, line in self.skips.lines:
             name, after = (line.get("skipped"), line.get("after")) if isinstance(line, dict) else (None, None)
-            if index.get(name) is None or name in taken or type(after) is not int:
+            if not isinstance(name, str) or name not in index or name in taken or type(after) is not int:
                 raise UserError(foreign.format(self.skips.path, number, self.data))
             taken.add(name)
             order.append((after, 0, index[name], SKIP))
