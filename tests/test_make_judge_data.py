@@ -20,7 +20,7 @@ from mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters
 from tasks import TASKS, Score
 from test_tokenizer import every, homes  # noqa: F401 (a fixture)
 from tokenizer import Tokenizer
-from train_judge import features, label_tokens, read_data
+from train_judge import encode, label_tokens, read_data
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -314,8 +314,8 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
         assert sum(m["error"] is not None for m in got) >= len(same)  # all that can be marked are
         assert bool(final) == any(m["error"] is None for m in got)
     assert important >= 5 and unimportant >= 5
-    _, labels, _ = features(G.load(pair / "target", dtype=torch.float32), tokenizer, mined)  # train_judge.py reads the lines as they are
-    assert int((labels == 0).sum()) == important
+    encoded = encode(tokenizer, mined, 10_000)  # train_judge.py reads the lines as they are
+    assert sum(e.labels.count(0) for e in encoded) == important
 
 
 def test_searches_on_made_up_outcomes():
