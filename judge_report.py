@@ -94,7 +94,8 @@ def mistakes(answers: list[Judged], threshold: float) -> list[tuple[float, int, 
 
 
 def logit(p: float) -> float:
-    return -math.inf if p <= 0 else math.inf if p >= 1 else math.log(p / (1 - p))
+    """Rounded to float32, as the rule compares it: the threshold may be one token's score exactly."""
+    return -math.inf if p <= 0 else math.inf if p >= 1 else float(torch.tensor(math.log(p / (1 - p))))
 
 
 def probability(score: float) -> float:
