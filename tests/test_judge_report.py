@@ -130,9 +130,9 @@ HOSTILE = ['</div><script>alert(1)</script>', '<img src=x onerror="alert(1)">', 
 def test_hostile_answers_are_text():
     answers, rng = [], random.Random(0)
     for i, h in enumerate(HOSTILE * 3):  # 7 texts, so each is once a third
-        spans = [(j, j + 1) for j in range(len(h) - 2 if i % 3 else 1)]  # every third: the rest is what is hostile
+        spans = ([(0, 1)], [(0, len(h))], [(j, j + 1) for j in range(len(h) - 2)])[i % 3]  # the rest is what is hostile, one token, or many
         labels = [1] * (len(spans) - 1) + [0]
-        answers.append(Judged({"prompt": f"{i} {h}", "answer": h, "line": i + 1, "domain": h}, spans, labels, [rng.gauss(0, 5) for _ in spans]))
+        answers.append(Judged({"prompt": f"{i} {h}", "answer": h, "line": i + 1, "domain": h}, spans, labels, [9.0] if i % 3 == 1 else [rng.gauss(0, 2) for _ in spans]))
     source = page(HOSTILE[0], HOSTILE[1], answers, measure(answers, 0.5, 0, 20), 0.5, ((0.5, 0.1, 0.2),))
     reader = Reader()
     reader.feed(source)
