@@ -94,7 +94,8 @@ def mistakes(answers: list[Judged], threshold: float) -> list[tuple[float, int, 
 
 
 def logit(p: float) -> float:
-    return -math.inf if p <= 0 else math.inf if p >= 1 else math.log(p / (1 - p))
+    """Rounded to float32, as the rule compares it: the threshold may be one token's score exactly."""
+    return -math.inf if p <= 0 else math.inf if p >= 1 else float(torch.tensor(math.log(p / (1 - p))))
 
 
 def probability(score: float) -> float:
@@ -178,7 +179,7 @@ th { color: var(--dim); } td:first-child, th:first-child { text-align: left; }
 """
 LEGEND = (f'<p class="legend"><span class="y">accepted</span><span class="b">barely accepted</span><span class="n1">rejected</span><span class="n2">more surely</span>'
           '<span class="n3">most surely</span><span class="n2 e">error, rejected</span><span class="y e">error, accepted</span><span class="rest">not judged</span></p>'
-          '<p class="note">Point at a token to see the probability that it is correct. A shaded token without a wavy line is correct, and rejected '
+          '<p class="note">Point at a token to see the probability that it is correct. A red token without a wavy line is correct, and rejected '
           '(the standard test may still accept it). What follows an error has no label and is not judged.</p>')
 
 

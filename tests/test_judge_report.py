@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from judge_report import Judged, auc, auc_and_ap, clean, measure, mistakes, page, pieces, ranks, shaded, text
+import judge as rules
+from judge_report import Judged, auc, auc_and_ap, clean, measure, mistakes, page, pieces, probability, ranks, shaded, text
 
 
 def made(n=40, seed=0, prompts=10, tokens=12):
@@ -94,6 +95,16 @@ def test_tokens_that_share_a_character_are_one_piece():
     a = Judged({"answer": "a🎉b"}, [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [1, 1, 1, 0, 1], [3.0, 2.0, -1.0, 5.0, 1.5])
     assert pieces(a) == [(0, 1, 1, 3.0), (1, 2, 0, -1.0), (2, 3, 1, 1.5)]
     assert pieces(a._replace(spans=[(0, 2), (1, 3)], labels=[1, 1], scores=[1.0, 2.0])) == [(0, 3, 1, 1.0)]
+    assert pieces(a._replace(spans=[(0, 3), (1, 2)], labels=[1, 1], scores=[1.0, 2.0])) == [(0, 3, 1, 1.0)]
+
+
+def test_a_threshold_that_is_a_score_is_the_same_for_rule_list_and_page():
+    """Calibrated thresholds are: the token itself is rejected everywhere, whichever way its log-odds round."""
+    for score in torch.randn(200, generator=torch.Generator().manual_seed(0)).tolist():
+        t = probability(score)
+        a = Judged({"prompt": "p", "answer": "a", "line": 1}, [(0, 1)], [0], [score])
+        yes = rules.judge(torch.tensor([score]), t).item()
+        assert bool(mistakes([a], t)) == yes == ('class="b' in shaded(a, t))
 
 
 class Reader(HTMLParser):
@@ -118,10 +129,10 @@ HOSTILE = ['</div><script>alert(1)</script>', '<img src=x onerror="alert(1)">', 
 
 def test_hostile_answers_are_text():
     answers, rng = [], random.Random(0)
-    for i, h in enumerate(HOSTILE * 3):
-        spans = [(j, j + 1) for j in range(len(h) - 2)]
+    for i, h in enumerate(HOSTILE * 3):  # 7 texts, so each is once a third
+        spans = ([(0, 1)], [(0, len(h))], [(j, j + 1) for j in range(len(h) - 2)])[i % 3]  # the rest is what is hostile, one token, or many
         labels = [1] * (len(spans) - 1) + [0]
-        answers.append(Judged({"prompt": f"{i} {h}", "answer": h, "line": i + 1, "domain": h}, spans, labels, [rng.gauss(0, 5) for _ in spans]))
+        answers.append(Judged({"prompt": f"{i} {h}", "answer": h, "line": i + 1, "domain": h}, spans, labels, [9.0] if i % 3 == 1 else [rng.gauss(0, 2) for _ in spans]))
     source = page(HOSTILE[0], HOSTILE[1], answers, measure(answers, 0.5, 0, 20), 0.5, ((0.5, 0.1, 0.2),))
     reader = Reader()
     reader.feed(source)
