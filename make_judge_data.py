@@ -353,7 +353,7 @@ def merge(args):
                             "such as a weaker model's or some at a higher temperature, or try another --seed or --val_share")
     tokenizer = Tokenizer.from_dir(args.target) if args.target else None
     table = [summary(name, part, tokenizer) for name, part in parts.items()]
-    plain = lambda part: [{k: v for k, v in e.items() if k != "where"} for e in part]
+    plain = lambda part: [{k: v for k, v in e.items() if k not in ("where", "line")} for e in part]
     write_lines({args.train: plain(parts["train"]), args.val: plain(parts["val"])})
     print("\n".join(table))
     if again:
