@@ -292,7 +292,10 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
             browser.decided(i + 1)
         assert "Every answer is decided" in browser.js("return document.body.innerText")
         assert [(line["answer"], line["error"]) for line in lines_of(out)] == [(a, None) for a in ANSWERS]
-        assert [e["answer"] for e in read_data(out)] == ANSWERS  # train_judge.py takes it, line separators and all
+        half = "last \ud83d one"  # which train_judge.py refuses, for no tokenizer can read it; all else it takes, line separators too
+        whole = [line for line in out.read_text().splitlines(True) if json.loads(line)["answer"] != half]
+        (tmp_path / "whole.jsonl").write_text("".join(whole))
+        assert [e["answer"] for e in read_data(tmp_path / "whole.jsonl")] == [answer for answer in ANSWERS if answer != half]
         severe = [e for e in browser.call("POST", "/se/log", {"type": "browser"}) if e["level"] == "SEVERE" and "ERR_CONNECTION" not in e["message"]]
         assert not severe  # the page breaks none of its own Content-Security-Policy
 
