@@ -34,7 +34,7 @@ def perplexity(target, tokenizer, count: int) -> float:
     for task in TASKS:
         for i, p in enumerate(islice(problems(task, "eval"), count)):
             prompt = tokenizer.encode(p.prompt)
-            answer = tokenizer.encode(render(p.solution, random.Random(i), "target"), continuation=True) + tokenizer.eos_ids[:1]
+            answer = tokenizer.encode(render(p.solution, random.Random(i), "target"), continuation=True) + list(tokenizer.eos_ids[:1])
             ids = torch.tensor([prompt + answer])
             logits, _ = target(ids, torch.arange(ids.shape[1]), target.new_cache(ids.shape[1]))
             loss += F.cross_entropy(logits[0, len(prompt) - 1:-1].float(), ids[0, len(prompt):], reduction="sum").item()
