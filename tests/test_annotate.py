@@ -59,7 +59,8 @@ class App:
 
     def __init__(self, data, out, *more, python=()):
         command = [sys.executable, *python, "annotate.py", "--data", data, "--out", out, "--port", "0", *more]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background shell ignores it
         self.first = self.process.stdout.readline()
         line = self.process.stdout.readline()
         assert line.startswith("open http://127.0.0.1:"), (self.first, line, self.process.poll() and self.process.stderr.read())
