@@ -1,6 +1,6 @@
 """What quantization costs the demo's target: perplexity on held-out solutions, and right answers alone and with the parent's judge.
 
-    python demo/quantized.py            # 100 problems a task: about 20 minutes on 2 cores
+    python demo/quantized.py            # 100 problems a task; 40 took 12 minutes on 2 cores that had other work
 
 Perplexity is a token's, over right solutions of held-out problems in the target's wordings, prompts not counted. Activations are bfloat16.
 """

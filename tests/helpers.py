@@ -3,10 +3,20 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from model import ModelConfig, Transformer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small gain nothing from more, and beside other work they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_config(**overrides):

@@ -18,7 +18,7 @@ import judge
 import report
 from cli import UserError
 from generate import Engine, Settings, generate
-from helpers import random_model, save_checkpoint, tiny_config
+from helpers import one_thread, random_model, save_checkpoint, tiny_config  # noqa: F401 (a fixture)
 from judge import Judge
 from model import fingerprint
 from replay import read_texts, replay_rounds
@@ -27,15 +27,6 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
 RULES = "target,draft,standard,kl:0.5,topk:2,judge"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from more, and beside other work they would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

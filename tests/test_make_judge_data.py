@@ -15,7 +15,7 @@ import generate as G
 import make_judge_data as M
 import mining
 from cli import UserError
-from helpers import random_model, save_checkpoint, strings, tiny_config
+from helpers import one_thread, random_model, save_checkpoint, strings, tiny_config  # noqa: F401 (a fixture)
 from mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters, scan
 from tasks import TASKS, Score
 from test_tokenizer import every, homes  # noqa: F401 (a fixture)
@@ -25,15 +25,6 @@ from train_judge import encode, label_tokens, read_data
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
 DATA = ROOT.parent / "shared" / "data"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")
