@@ -29,7 +29,7 @@ from benchmark_report import SIMULATED, plot, report
 from cli import UserError, check_writable, replacing, run
 from generate import Engine, generate, power_of_two
 from judge import Judge
-from linear import QuantizedLinear
+from linear import prepare
 from model import DTYPES, ModelConfig, Transformer, fingerprint, load, read_json
 from tokenizer import Tokenizer
 
@@ -122,9 +122,7 @@ def build(source: Source, device, dtype) -> Transformer:
             t.view(torch.uint8).random_(0, 127)  # as fp8, 127 is not a number
         else:
             t.fill_(0 if name.endswith("zero") else 1e-4)
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.prepare(dtype)
+    prepare(model, dtype)
     return model.requires_grad_(False).eval()
 
 
@@ -352,7 +350,7 @@ def measure_real(args, target: Transformer, draft: Transformer, head: Judge | No
     def ours(engine, prompt):
         engine.tokens = []  # no prefix is kept: each prompt is read in full
         r = generate(engine, prompt, args.max_new_tokens, eos_ids)
-        return r.tokens, r.mean_accepted
+        return r.tokens, r.mean_accepted, r.tokens_per_sec
 
     calls = {name: lambda prompt, e=e: ours(e, prompt) for name, e in engines.items()}
     if args.peer:
@@ -363,14 +361,15 @@ def measure_real(args, target: Transformer, draft: Transformer, head: Judge | No
         for name, call in calls.items():
             sync(args.device)
             start = time.perf_counter()
-            tokens, accepted = call(prompt)
+            tokens, accepted, of_rounds = call(prompt)
             sync(args.device)
             if i:  # the first turn is the warm-up
-                rows[name].append((len(tokens) / (time.perf_counter() - start), accepted, tokens))
+                rows[name].append((len(tokens) / (time.perf_counter() - start), accepted, tokens, of_rounds))
     base = rows["target"]
     return {"label": "real acceptance", "prompts": len(prompts), "max_new_tokens": args.max_new_tokens, "variants": [{
         "variant": name, "tokens_per_sec": median(r[0] for r in row), "speed_up": median(r[0] / b[0] for r, b in zip(row, base)),
         "mean_accepted": mean(r[1] for r in row) if "K=" in name and row[0][1] is not None else None,
+        "tokens_per_sec_of_rounds": None if row[0][3] is None else median(r[3] for r in row),
         "same_tokens_as_target": sum(r[2] == b[2] for r, b in zip(row, base)), "tokens": [r[2] for r in row]} for name, row in rows.items()]}
 
 

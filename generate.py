@@ -238,7 +238,8 @@ class Engine:
         Without those, a draft that is small enough is compiled with all its k steps in one graph, which saves their start;
         the time that takes to compile grows with k times its layers.
         """
-        build = functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        # On a CPU a graph's calls are C++ too: Python between them takes a good part of a small model's pass. Sums over ranks it cannot call.
+        build = functools.partial(torch.compile, fullgraph=True, dynamic=False, options={"cpp_wrapper": self.device.type == "cpu" and tp.world() == 1})
         torch._dynamo.config.recompile_limit = 64  # spans times the engines of a process
         self.graphs = {} if self.device.type == "cuda" else None
         self.verify_and_accept = build(verify_and_accept)

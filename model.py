@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cli import UserError
-from linear import Quantization, QuantizedLinear, head, linear
+from linear import Quantization, head, linear, prepare
 
 ARCHITECTURES = {  # Hugging Face's class: whether q, k and v have a bias when config.json does not say
     "LlamaForCausalLM": False,
@@ -265,6 +265,8 @@ def open_weights(path, device="cpu"):
 def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer, read=lambda file, name: file.get_tensor(name)) -> Transformer:
     """The checkpoint's model, ready to run. Peak memory is the model plus one tensor: each goes straight to `device`.
 
+    On a CPU linear layers are packed (linear.py); small float32 ones are then there twice.
+
     `build(config)` and `read(file, name)` make another model of it, such as a share of it.
     """
     files = weight_files(checkpoint_dir)
@@ -296,9 +298,8 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer, 
     model.load_state_dict(weights, assign=True, strict=False)  # the names were checked above; tied weights have one name
     if model.config.tied:
         model.output.weight = model.embed.weight
-    for module in model.modules():
-        if isinstance(module, QuantizedLinear):
-            module.prepare(dtype)
+    weights.clear()  # else every tensor that `prepare` exchanges would be there twice
+    prepare(model, dtype)
     return model.requires_grad_(False).eval()
 
 

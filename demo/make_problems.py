@@ -1,6 +1,8 @@
-"""Write the held-out problems that the demo and its evaluation use; no prompt of theirs is in the training or judge split.
+"""Write a split's problems: "eval", the held-out ones that the demo and its evaluation use, or "judge", to make judge data from.
 
     python demo/make_problems.py --out checkpoints/demo/problems.jsonl
+
+No prompt is in two splits, and none of these is in the training split.
 """
 import argparse
 import json
@@ -11,18 +13,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cli import replacing, run
-from demo.corpus import TASKS, problems
+from demo.corpus import SPLITS, TASKS, problems
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--split", choices=[s for s in SPLITS if s != "train"], default="eval")
     parser.add_argument("--per_task", type=int, default=300)
     args = parser.parse_args()
     with replacing(args.out) as tmp, open(tmp, "w") as f:
         for task in TASKS:
             seen = set()
-            distinct = (p for p in problems(task, "eval") if not (p.prompt in seen or seen.add(p.prompt)))
+            distinct = (p for p in problems(task, args.split) if not (p.prompt in seen or seen.add(p.prompt)))
             for p in islice(distinct, args.per_task):
                 f.write(json.dumps({"task": task, "prompt": p.prompt, "answer": p.answer}) + "\n")
 

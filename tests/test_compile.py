@@ -1,5 +1,4 @@
 """Compiled rounds: the same tokens as eager ones, and nothing left to compile after the warm-up."""
-import functools
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from demo.pair import make_engine, load_pair, read_problems
 from generate import Engine, generate
 from helpers import random_model, tiny_config
-from linear import DOT_ROWS, Linear
+from linear import DOT_ROWS, Linear, dense, packs, prepare
 from test_generate import ROOT, head, models, short_spans, tokens  # noqa: F401 (a fixture)
 
 
@@ -39,21 +38,35 @@ def test_compiled_demo_pair_gives_the_eager_tokens(monkeypatch):
             assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts, want.sources)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_rows_on_a_cpu_are_dot_products(dtype):
-    """Against float64; and what the rows come from is computed once, not once for each output."""
+@pytest.mark.parametrize("dtype, size", [(torch.float32, "small"), (torch.float32, "large"), (torch.bfloat16, "small")])
+def test_linear_layers_on_a_cpu(dtype, size, monkeypatch):
+    """Eager and compiled, every number of rows against float64; few float32 rows are loops that load each input and weight once."""
+    if size == "large":
+        monkeypatch.setattr("linear.LARGE", 2**17)
     layer, norm = Linear(512, 300, bias=True).to(dtype).requires_grad_(False), torch.nn.RMSNorm(512, dtype=dtype).requires_grad_(False)
-    for rows in (1, 17, 65):
+    weight = layer.weight.clone()
+    prepare(layer, dtype)
+    packed = layer.packed is not None
+    assert packed == packs(weight) and layer.weight.is_mkldnn == (packed and not (dtype == torch.float32 and size == "small"))
+    assert layer.weight.shape == weight.shape and torch.equal(dense(layer.weight), weight)
+    for rows in (1, 8, 9, 26, 70):
         torch._dynamo.reset()
         x = torch.randn(1, rows, 512, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        want = F.linear(norm(x).double(), weight.double(), layer.bias.double())
         got, [code] = run_and_get_code(torch.compile(lambda x: layer(norm(x)), fullgraph=True, dynamic=False), x)
-        want = F.linear(norm(x).double(), layer.weight.double(), layer.bias.double())
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
-        dots = rows <= DOT_ROWS[dtype]
-        assert ("extern_kernels." in code) != dots
+        for y in (got, layer(norm(x))):
+            torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+        dots = packed and rows <= DOT_ROWS and dtype == torch.float32 and size == "small"
+        assert ("judge.packed_linear" in code) == (packed and not dots)
         loops = re.findall(r"_acc\w*_vec = .*?vec_reduce", code, re.DOTALL)
         loads = [loop.count("loadu") for loop in loops]
         assert loads == ([1, 2] if dots else [1])  # the norm's own sum, then of an input and its weight
+
+
+def test_small_layers_are_left_as_they_are():
+    layer = Linear(64, 64)
+    prepare(layer, torch.float32)
+    assert layer.packed is None and not layer.weight.is_mkldnn
 
 
 @pytest.mark.parametrize("unroll", [True, False])
@@ -72,7 +85,8 @@ def test_compiled_sampling_draws_what_eager_draws(unroll, monkeypatch):
 def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
     """Whatever the length of the prompt or of the text, and whatever was accepted. A backend that only counts stands in for Inductor."""
     counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **more: compile(f, backend=counter, **more))
     config = tiny_config(max_position_embeddings=300)
     target, small = random_model(config, seed=1), random_model(config, seed=1 if draft else 2)
     for p in small.parameters():

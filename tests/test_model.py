@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from cli import UserError
 from helpers import hf_to_ours, random_model, save_checkpoint, tiny_config
+from linear import dense, packs
 from model import ModelConfig, Transformer, fingerprint, load, rope_table
 
 ROOT = Path(__file__).parents[1]
@@ -207,6 +208,19 @@ def test_load_single_and_sharded(tmp_path, tied):
         assert (back.output.weight is back.embed.weight) == tied and not any(p.requires_grad for p in back.parameters())
         assert fingerprint(tmp_path / "m") == mark
     assert load(tmp_path / "m").embed.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_is_packed_apart_from_the_embedding(tmp_path, dtype):
+    """Matrices of this size are packed on a CPU (linear.py); the logits are those of the model that is not."""
+    config = tiny_config(tie_word_embeddings=True, hidden_size=256, vocab_size=600)
+    model = random_model(config)
+    save_checkpoint(tmp_path / "m", model, config)
+    back = load(tmp_path / "m", dtype=dtype)
+    assert (back.output.packed is not None) == packs(model.embed.weight.to(dtype)) and not back.embed.weight.is_mkldnn
+    assert torch.equal(dense(back.output.weight), back.embed.weight)
+    want, got = (m(IDS[:1], torch.arange(120), m.new_cache(120))[0] for m in (model, back))
+    assert (got.float() - want).norm() / want.norm() < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 def test_fingerprint(tmp_path):
