@@ -249,7 +249,7 @@ def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere,
     torch._dynamo.reset()
     compiled = torch.compile(G.verify, fullgraph=True, dynamic=False)
     head = Judge(torch.randn(1, 128), torch.zeros(1), 0.5, "test")
-    monkeypatch.setattr(linear, "DOT_WEIGHTS", 0)  # this model's matrices are smaller
+    monkeypatch.setattr(linear, "SMALL", 0)  # this model's matrices are smaller
     for rows in (5, 26):
         args = model, head, torch.arange(rows), torch.arange(rows), model.new_cache(64)
         with torch.inference_mode():
