@@ -120,7 +120,7 @@ def scan(answer: list[int], go_on) -> int | str:
         outcome = go_on(answer[:length])
         if not outcome.good:
             return length - 1 if length else FAILS
-        length = len(os.path.commonprefix([answer, outcome.tokens])) + 1
+        length = max(length, len(os.path.commonprefix([answer, outcome.tokens]))) + 1  # a stop string may have cut the prefix itself
     return ENDS_EARLY
 
 
@@ -139,7 +139,7 @@ def bisect(answer: list[int], go_on) -> int | str:
         middle = (good + bad) // 2
         outcome = go_on(answer[:middle])
         if outcome.good:
-            good = min(len(os.path.commonprefix([answer, outcome.tokens])), bad - 1)
+            good = min(max(middle, len(os.path.commonprefix([answer, outcome.tokens]))), bad - 1)  # as in scan
         else:
             bad = middle
     return good if bad <= len(answer) else ENDS_EARLY

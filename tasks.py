@@ -57,7 +57,7 @@ class Task:
         lines = read_lines(path)
         others = [task.name for task in TASKS.values() if task is not type(self) and not missing(task, lines[0][1])]
         if missing(type(self), lines[0][1]) and others:
-            raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task {others[0]} or another --data")
+            raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task {others[0]} or another file")
         for where, line in lines:
             if what := missing(type(self), line):
                 raise UserError(f"{where}: {what} is missing or not what {self.name} has there")

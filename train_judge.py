@@ -42,7 +42,7 @@ def read_data(path) -> list[dict]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a JSON string may hold U+2028
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read --data {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8 text'}") from None
     examples = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

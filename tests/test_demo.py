@@ -1,4 +1,5 @@
 """The demo's corpus, its exact checker, its interpreter, and the shipped pair."""
+import json
 import os
 import random
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from cli import UserError
 from demo.check import is_right, passes
 from demo.corpus import LETTERS, TASKS, TOWNS, WORLD, Pick, Problem, Ref, first_error, problems, render
+from demo.mined import exactly
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,6 +73,32 @@ def test_splits_are_disjoint_and_habits_differ():
     assert pick.order("target")[0] == "a" != pick.order("draft")[0] and set(pick.order("draft")) == set("abcde")
     drawn = [render(pick, random.Random(i), "target") for i in range(400)]
     assert drawn.count("a") > drawn.count("b") > drawn.count("d") > 0
+
+
+def test_problems_of_a_split_are_written_and_their_answers_relabelled(tmp_path, monkeypatch):
+    """make_problems.py gives distinct prompts of the split that was asked for; mined.exactly labels answers to them as the checker does."""
+    files = {split: tmp_path / f"{split}.jsonl" for split in ("eval", "judge")}
+    for split, path in files.items():
+        subprocess.run([sys.executable, ROOT / "demo" / "make_problems.py", "--split", split, "--per_task", "5", "--out", path], check=True)
+    written = {split: [json.loads(line) for line in path.read_text().splitlines()] for split, path in files.items()}
+    prompts = {split: {line["prompt"] for line in lines} for split, lines in written.items()}
+    assert len(prompts["eval"]) == len(prompts["judge"]) == 15 and not prompts["eval"] & prompts["judge"]
+
+    monkeypatch.setattr("demo.mined.SEARCHED", 200)  # the prompts are among the first; more take a minute
+    answers, want = [], []
+    for task in TASKS:
+        known = {p.prompt: p for p in islice(problems(task, "judge"), 200)}
+        for line in written["judge"]:
+            if line["task"] == task:
+                right = render(known[line["prompt"]].solution, random.Random(0), "draft")
+                wrong = right[:8] + "\u00a7" + right[9:]
+                base = {"prompt": line["prompt"], "domain": task, "ended": True}
+                answers += [base | {"answer": right}, base | {"answer": wrong}, base | {"answer": right, "ended": False}, base | {"answer": ""}]
+                want += [(right, None), (wrong, first_error(known[line["prompt"]], wrong))]
+    got = exactly(answers)
+    assert [(line["answer"], line["error"]) for line in got] == want and all(error is None or error[0] == 8 for _, error in want)
+    with pytest.raises(UserError, match="not of the judge split"):
+        exactly([{"prompt": written["eval"][0]["prompt"], "domain": "maths", "answer": "x", "ended": True}])
 
 
 def test_interpreter():

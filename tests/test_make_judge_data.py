@@ -339,6 +339,21 @@ def test_searches_on_made_up_outcomes():
         assert len(asked) <= 2 + n.bit_length()
 
 
+@pytest.mark.parametrize("search", [scan, bisect])
+def test_searches_end_where_a_stop_string_begins_in_the_answer(search):
+    """The target's next token completes a stop string, so that the outcome's tokens are fewer than the prefix's."""
+    answer, asked = list(range(9)), []
+    for last_good in range(len(answer) + 1):
+        asked.clear()
+
+        def go_on(prefix):
+            asked.append(len(prefix))
+            assert len(asked) < 20, "it asks again and again"
+            return Outcome(prefix[:-1], "", True, len(prefix) <= last_good)
+
+        assert search(answer, go_on) == (ENDS_EARLY if last_good == len(answer) else last_good)
+
+
 def test_what_the_cache_holds_is_not_read_again(pair):
     """The counts equal what the engine reads, and the seconds saved are real."""
     tokenizer = Tokenizer.from_dir(pair / "target")
