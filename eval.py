@@ -307,8 +307,8 @@ def show_replay(args):
         parent = config.quantization and config.quantization.parent
         head = Judge.load(args.judge, config.dim, fingerprint(args.target), str(args.target), parent).to(engine.device)
     read = lambda prompt: tokenizer.chat([{"role": "user", "content": prompt}]) if args.chat else tokenizer.encode(prompt)
-    texts = [(i, read(prompt), tokenizer.encode(text, continuation=True)) for i, prompt, text in texts]
-    results, total = replay(texts, args.replay, engine, head, args.rules, args.speculate_k), sum(len(text) for *_, text in texts)
+    texts = [(where, read(prompt), tokenizer.encode(text, continuation=True)) for where, prompt, text in texts]
+    results, total = replay(texts, engine, head, args.rules, args.speculate_k), sum(len(text) for *_, text in texts)
     table = [["rule", "accepted per round", "tokens rejected"]]
     table += [[rule, f"{m['mean_accepted']:.2f}", f"{m['rejected']:.1%}"] for rule, m in results.items()]
     about = f"{args.replay.name}: {len(texts)} texts, {total} tokens, as drafts for {args.target.resolve().name}, K = {args.speculate_k}, greedy"

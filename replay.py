@@ -5,7 +5,6 @@ on by one more. In generation that one would be the target's own token; here the
 target wanted, for it is the text that is asked about. So this counts the tokens that a rule lets pass in a good text, not
 the text that it leads to. Greedy.
 """
-import json
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import judge
 from cli import UserError
 from generate import TYPICAL, Engine, Settings, accept_mask
 from judge import Judge
+from tasks import read_lines
 
 
 def replay_rounds(mask: list[bool], k: int) -> list[int]:
@@ -27,21 +27,14 @@ def replay_rounds(mask: list[bool], k: int) -> list[int]:
     return rounds
 
 
-def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[int, str, str]]:
-    """(line number, prompt, text) of a JSON Lines file with `prompt` and `text` (or `reference`), or of GSM8K's with `question` and `answer`.
+def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[str, str, str]]:
+    """("file, line N", prompt, text) of a JSON Lines file with `prompt` and `text` (or `reference`), or of GSM8K's with `question` and `answer`.
 
     `gsm8k` is the task that words its prompts; its calculator notes <<...>> are left out. With `limit` the first of each domain.
     """
     texts, seen = [], {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', 'it is not UTF-8 text')}") from None
-    for i, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for where, e in read_lines(path):
         try:
-            e = json.loads(line)
             if "question" in e:
                 prompt, text = gsm8k.chat(e) if chat else gsm8k.prompt(e), re.sub("<<.*?>>", "", e["answer"])
                 text = text if chat or prompt[-1].isspace() else " " + text
@@ -49,14 +42,12 @@ def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[i
                 prompt, text = e["prompt"], e["text"] if "text" in e else e["reference"]
             if not (isinstance(prompt, str) and isinstance(text, str) and prompt and text):
                 raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {i}: no JSON object with "prompt" and "text" (or "reference"), or with "question" and "answer"') from None
+        except (KeyError, TypeError):
+            raise UserError(f'{where}: no "prompt" and "text" (or "reference"), nor "question" and "answer"') from None
         domain = e.get("domain", e.get("task"))
         seen[domain] = seen.get(domain, 0) + 1
         if limit is None or seen[domain] <= limit:
-            texts.append((i, prompt, text))
-    if not texts:
-        raise UserError(f"{path} holds no texts")
+            texts.append((where, prompt, text))
     return texts
 
 
@@ -68,17 +59,17 @@ def read_once(model, ids: list[int], n: int):
 
 
 @torch.inference_mode()
-def replay(texts: list[tuple[int, list[int], list[int]]], where: Path, engine: Engine, head: Judge | None, rules: list[str], k: int) -> dict:
-    """rule -> {rounds, mean_accepted, rejected (share of all tokens)} over texts (line number, prompt's ids, text's ids) of the file `where`."""
+def replay(texts: list[tuple[str, list[int], list[int]]], engine: Engine, head: Judge | None, rules: list[str], k: int) -> dict:
+    """rule -> {rounds, mean_accepted, rejected (share of all tokens)} over texts ("file, line N", prompt's ids, text's ids)."""
     settings = {}
     for rule in rules:
         name, value = judge.parse_rule(rule)
         default = head.threshold if name == "judge" else TYPICAL if name == "typical" else None
         settings[rule] = Settings(name, default if value is None else value, 0.0, None, None)
     rounds, rejected = {rule: [] for rule in rules}, dict.fromkeys(rules, 0)
-    for i, before, after in tqdm(texts, unit="text", disable=None):
+    for where, before, after in tqdm(texts, unit="text", disable=None):
         if len(before) + len(after) > engine.context:
-            raise UserError(f"{where}, line {i}: prompt and text have {len(before) + len(after)} tokens, the context {engine.context}")
+            raise UserError(f"{where}: prompt and text have {len(before) + len(after)} tokens, the context {engine.context}")
         rows, hidden = read_once(engine.target, before + after, len(before))
         draft_rows = read_once(engine.draft, before + after, len(before))[0] if any(s.compares for s in settings.values()) else None
         scores, tokens = head.scores(hidden) if head else None, torch.tensor(after, device=engine.device)

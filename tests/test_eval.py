@@ -342,9 +342,9 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     path = tmp_path / "t.jsonl"
     lines = [{"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"}, {"prompt": "p", "text": "t", "domain": "x"}, {"prompt": "q", "text": "u", "task": "x"},
              {"prompt": "r", "reference": "v", "answer": 3, "domain": "y"}]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + json.dumps({"prompt": "\u2028", "text": "w", "domain": "z"}, ensure_ascii=False) + "\n")
     texts = read_texts(path, E.TASKS["gsm8k"](allow_code_execution=False), chat=False, limit=1)
-    assert [t[0] for t in texts] == [1, 2, 4] and texts[0][2].strip() == "2+2 = 4\n#### 4" and "How many?" in texts[0][1] and texts[2][1:] == ("r", "v")
+    assert [t[0] for t in texts] == [f"{path}, line {i}" for i in (1, 2, 4, 6)] and texts[0][2].strip() == "2+2 = 4\n#### 4" and "How many?" in texts[0][1] and texts[2][1:] == ("r", "v")
     assert (texts[0][1] + texts[0][2])[len(texts[0][1].rstrip())].isspace()
 
 
@@ -372,9 +372,10 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--rescore", "--replay", "x"], "exclude each other"),
     (["--rescore"], "holds no answers"),
     (["--replay", "missing", "--rules", "judge"], "cannot read missing: No such file"),
-    (["--replay", str(DEMO / "judge.safetensors"), "--rules", "judge"], "cannot read .*: it is not UTF-8 text"),
-    (["--replay", str(ROOT / "README.md"), "--rules", "judge"], 'line 1: no JSON object with "prompt" and "text"'),
-    (["--replay", os.devnull, "--rules", "standard"], "null holds no texts"),
+    (["--replay", str(DEMO / "judge.safetensors"), "--rules", "judge"], "cannot read .*: it is not text"),
+    (["--replay", str(ROOT / "README.md"), "--rules", "judge"], "line 1: not JSON"),
+    (["--replay", str(ROOT / "checkpoints/demo/problems.jsonl"), "--rules", "judge"], 'problems.jsonl, line 1: no "prompt" and "text"'),
+    (["--replay", os.devnull, "--rules", "standard"], "null holds no examples"),
     (["--replay", "x", "--rules", "target,standard"], "rule target tests no drafts"),
     (["--out", str(ROOT / "README.md")], "README.md is a file"),
     (["--out", "/nowhere/x"], "/nowhere is not a directory"),
