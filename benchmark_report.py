@@ -16,8 +16,8 @@ def grid(rows: list[list[str]]) -> str:
 def report(r: dict) -> str:
     """The result as text tables."""
     passes, simulated = r["passes"], r["simulated"]
-    lines = [f"{r['device']}, torch {r['torch']}, {r['dtype']}, {'compiled' if r['compile'] else 'eager'}; medians of {r['repeats']} repeats"]
-    lines += [f"{flag:6} {m['name']}: {m['parameters'] / 1e9:.3g}B parameters, {m['bytes'] / 1e9:.3g} GB, {m['weights']} weights"
+    lines = [f"{r['device']}, torch {r['torch']}, {'compiled' if r['compile'] else 'eager'}; medians of {r['repeats']} repeats"]
+    lines += [f"{flag:6} {m['name']}: {m['parameters'] / 1e9:.3g}B parameters, {m['bytes'] / 1e9:.3g} GB, {m['dtype']}, {m['weights']} weights"
               + (f", {m['quant']}" if m["quant"] else "") for flag, m in (("target", r["target"]), ("draft", r["draft"]))]
     lines += [f"read bandwidth of the device {r['bandwidth_gb_per_sec']:,.0f} GB/s", ""]
     table = [["pass", "ms", "of target's decode", "of bandwidth"]]
@@ -73,7 +73,8 @@ def plot(r: dict, path: Path):
     ax.set_xlabel(f"drafted tokens accepted per round ({SIMULATED})")
     ax.set_ylabel("tokens/s")
     names = [f"{Path(m['name']).name}{' ' + m['quant'] if m['quant'] else ''}" for m in (r["draft"], r["target"])]
-    ax.set_title(f"{names[0]} drafts for {names[1]}: {SIMULATED}\n{r['device']}, {r['dtype']}, {'compiled' if r['compile'] else 'eager'}", fontsize=10.5)
+    dtypes = " and ".join(dict.fromkeys(r[flag]["dtype"] for flag in ("target", "draft")))
+    ax.set_title(f"{names[0]} drafts for {names[1]}: {SIMULATED}\n{r['device']}, {dtypes}, {'compiled' if r['compile'] else 'eager'}", fontsize=10.5)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.92")
     handles, labels = ax.get_legend_handles_labels()

@@ -55,7 +55,8 @@ def parse_rules(text: str) -> list[str]:
 def engine_settings(args, **changes) -> SimpleNamespace:
     """What generate.py's functions want to know beside our own flags."""
     accept = "judge" if args.judge else "standard"
-    greedy = dict(accept=accept, threshold=None, temperature=0.0, top_k=None, top_p=None, seed=0, prompt="", interactive=False, max_new_tokens=1, json=None)
+    greedy = dict(accept=accept, threshold=None, temperature=0.0, top_k=None, top_p=None, seed=0, prompt="", interactive=False, max_new_tokens=1, json=None,
+                  draft_dtype=args.dtype)
     return SimpleNamespace(**vars(args) | greedy | changes)
 
 

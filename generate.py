@@ -426,10 +426,14 @@ def parse_args(argv=None):
     p.add_argument("--compile", action="store_true", help="compile the rounds with torch.compile: a wait at the start, then faster")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
+    p.add_argument("--draft_dtype", choices=DTYPES, help="default: --dtype; a tiny draft on a CPU is faster in float32")
     p.add_argument("--json", type=Path, help="write the result here")
     args = p.parse_args(argv)
     args.accept = args.accept or ("judge" if args.judge else "standard")
+    if args.draft_dtype and not args.draft:
+        raise UserError("--draft_dtype is of the --draft; name one")
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
+    args.draft_dtype = DTYPES[args.draft_dtype] if args.draft_dtype else args.dtype
     check_args(args)
     return args
 
@@ -488,7 +492,7 @@ def load_engine(args) -> tuple[Engine, Tokenizer]:
     target = read(args.target, args.device, args.dtype)
     if args.draft:  # one whose heads the ranks cannot share is small: each rank runs the whole of it
         read = load if tp.undividable(draft_config, tp.world()) else read
-        draft = read(args.draft, args.device, args.dtype)
+        draft = read(args.draft, args.device, args.draft_dtype)
     engine = Engine(target, draft, head, args.accept, args.threshold, args.speculate_k, args.temperature, args.top_k, args.top_p, args.seed)
     if tp.world() > 1:
         engine.agree = tp.same_everywhere

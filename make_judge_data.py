@@ -230,7 +230,7 @@ class Miner:
             longest = max(longest, answer)
         engine, self.tokenizer = G.load_engine(SimpleNamespace(
             target=args.target, draft=args.draft, judge=None, accept="standard", threshold=None, speculate_k=args.speculate_k,
-            temperature=0.0, top_k=None, top_p=None, seed=0, device=args.device, dtype=args.dtype))
+            temperature=0.0, top_k=None, top_p=None, seed=0, device=args.device, dtype=args.dtype, draft_dtype=args.dtype))
         # However late it sets in, the target may go on for as long as a whole answer: running out of room is no error.
         self.go_on = mining.Continuations(engine, self.tokenizer, longest + max(line["max_new_tokens"] for line in lines))
         self.draft, self.last = engine.draft, None

@@ -4,7 +4,7 @@
     python make_judge_data.py generate --prompts prompts.jsonl --models checkpoints/demo/target checkpoints/demo/draft --out answers.jsonl
     python make_judge_data.py mine --data answers.jsonl --target checkpoints/demo/target --draft checkpoints/demo/draft --method first_error --out mined.jsonl
     python make_judge_data.py mine --data answers.jsonl --target checkpoints/demo/target --draft checkpoints/demo/draft --method autojudge --out autojudge.jsonl
-    python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out exact.jsonl
+    python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out exact.jsonl --per_task 200
     python demo/mined.py --answers answers.jsonl --mined mined.jsonl --autojudge autojudge.jsonl --exact exact.jsonl --out judges
 
 The first judge learns from the same answers as `mined`, labelled by the exact checker, so that the labels are all that

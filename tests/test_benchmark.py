@@ -158,7 +158,8 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
 
 def test_the_demo_pair_with_real_acceptance(capsys):
     r = B.main([*REAL, "--judge", str(DEMO / "judge.safetensors"), "--peer", "hf", "--no_compile", "--repeats", "1", "--max_new_tokens", "12",
-                "--speculate_k", "3", "--accepted", "2", "--device", "cpu"])
+                "--speculate_k", "3", "--accepted", "2", "--device", "cpu", "--dtype", "float32", "--draft_dtype", "bfloat16"])
+    assert (r["target"]["dtype"], r["draft"]["dtype"]) == ("float32", "bfloat16") and r["draft"]["bytes"] == 2 * r["draft"]["parameters"]
     variants = {v["variant"]: v for v in r["real"]["variants"]}
     assert list(variants) == ["target", "standard K=3", "judge K=3", "hf target", "hf assisted K=3"]
     assert all(v["same_tokens_as_target"] == 1 for name, v in variants.items() if "judge" not in name)

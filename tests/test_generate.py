@@ -393,6 +393,20 @@ def test_command_line_json(pair, tmp_path):
     assert results["judge"]["rounds"] == 4  # 19 tokens after the first, 5 a round, the last one shortened
 
 
+@pytest.mark.parametrize("rule", [("standard",), ("kl", "--threshold", "0.5"), ("standard", "--temperature", "1")], ids=" ".join)
+def test_the_draft_may_have_a_dtype_of_its_own(pair, rule):
+    """Here that of the target is the coarser one, and the text is still the target's."""
+    args = G.parse_args(["--target", str(pair / "target"), "--draft", str(pair / "draft"), "--prompt", "x", "--device", "cpu", "--dtype", "bfloat16",
+                         "--draft_dtype", "float32", "--speculate_k", "4", "--accept", *rule])
+    engine, tokenizer = G.load_engine(args)
+    assert engine.target.norm.weight.dtype == torch.bfloat16 and engine.draft.norm.weight.dtype == torch.float32
+    prompt = tokenizer.encode("the cat")
+    r = generate(engine, prompt, 20)
+    assert len(r.tokens) == 20 and r.rounds == sum(r.accept_counts)
+    if rule == ("standard",):
+        assert r.tokens == generate(Engine(engine.target), prompt, 20).tokens
+
+
 def test_interactive_keeps_going(pair, tmp_path):
     out = tmp_path / "out.json"
     done = command("--target", pair / "target", "--draft", pair / "draft", "--interactive", "--max_new_tokens", 8, "--json", out,
@@ -423,6 +437,7 @@ BAD = [
     (("--target", "{}/target", "--prompt", "x", "--json", "{}/target"), "it is a directory"),
     (("--target", "{}/target", "--prompt", "x", "--chat"), "no chat_template"),
     (("--target", "{}/target", "--prompt", "x", "--judge", "{}/judge.safetensors"), "--judge needs --draft"),
+    (("--target", "{}/target", "--prompt", "x", "--draft_dtype", "float32"), "--draft_dtype is of the --draft"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "judge"), "needs --judge FILE"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk"), "needs --threshold K"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "kl"), "needs --threshold D"),
