@@ -225,10 +225,12 @@ class Doubt:
     def __init__(self, target: Path, judge: Path, chat: bool):
         import torch  # here: it takes seconds, and marking alone needs none of it
         from judge import Judge
+        from judge_report import logit
         from model import ModelConfig, fingerprint, load
         from tokenizer import Tokenizer
         config, self.tokenizer, self.chat = ModelConfig.from_dir(target), Tokenizer.from_dir(target), chat
         self.head = Judge.load(judge, config.dim, fingerprint(target), str(target), config.quantization and config.quantization.parent)
+        self.edge = logit(self.head.threshold)
         self.encode("")  # a missing chat template is told now
         device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
         self.torch, self.target, self.lock = torch, load(target, device, dtype), threading.Lock()
@@ -237,7 +239,7 @@ class Doubt:
         return self.tokenizer.chat([{"role": "user", "content": prompt}]) if self.chat else self.tokenizer.encode(prompt)
 
     def __call__(self, prompt: str, answer: str) -> list[tuple[int, int, float]]:
-        """(start, end, doubt) of stretches of the answer's characters; doubt is 1 - sigmoid(score). UserError: it does not fit the context."""
+        """(start, end, doubt) of stretches of the answer's characters; doubt is 0.5 at the judge's threshold, above it where the judge rejects. UserError: it does not fit the context."""
         torch, before = self.torch, self.encode(prompt)
         tokens, offsets = self.tokenizer.encode_with_offsets(answer, continuation=True)
         length, limit = len(before) + len(tokens), self.target.config.max_seq_len
@@ -246,7 +248,7 @@ class Doubt:
         with torch.inference_mode():
             ids = torch.tensor([before + tokens], device=self.target.norm.weight.device)
             hidden = self.target.features(ids, torch.arange(length, device=ids.device), self.target.new_cache(length))
-            doubts = torch.sigmoid(-self.head.scores(hidden[0, len(before):].cpu())).tolist()
+            doubts = torch.sigmoid(self.edge - self.head.scores(hidden[0, len(before):].cpu())).tolist()
         return stretches(offsets, doubts, len(answer))
 
 

@@ -546,6 +546,8 @@ def main():
     if args.json:
         with replacing(args.json) as tmp:
             tmp.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")
+    if tp.world() > 1:
+        tp.leave()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The browser is driven by ChromeDriver's own HTTP protocol (W3C WebDriver). Where
 import base64
 import http.client
 import json
+import math
 import os
 import random
 import shutil
@@ -382,12 +383,13 @@ def test_doubt_is_the_judges_own_score(tmp_path):
     tokens = torch.tensor([before + ids])
     with torch.inference_mode():
         _, hidden = doubt.target(tokens, torch.arange(tokens.shape[1]), doubt.target.new_cache(tokens.shape[1]))
-    want = 1 - doubt.head.scores(hidden[0, len(before):]).sigmoid()
+    t = doubt.head.threshold
+    want = (math.log(t / (1 - t)) - doubt.head.scores(hidden[0, len(before):])).sigmoid()
     runs = doubt(prompt, answer)
     assert "".join(answer[a:b] for a, b, _ in runs) == answer
     for (a, b), w in zip(offsets, want.tolist()):
         assert max(d for x, y, d in runs if x < b and y > a) == pytest.approx(w, abs=1e-4)
-    assert max(d for a, _, d in runs if answer[a:].startswith(("9", " 9"))) > 0.5 > runs[0][2]
+    assert max(d for a, _, d in runs if answer[a:].startswith(("9", " 9"))) > 0.5 > runs[0][2]  # this the judge rejects, that it accepts
 
 
 def test_a_character_of_several_tokens_has_the_greatest_doubt():
