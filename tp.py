@@ -19,6 +19,9 @@ from cli import UserError
 from model import ModelConfig, Transformer, load
 
 
+gather_rows = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # its newer name, and the older
+
+
 def world() -> int:
     """How many processes torchrun started for this run; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -95,8 +98,8 @@ def sum_over_ranks(t: Tensor) -> Tensor:
 
 
 def columns_of_all_ranks(t: Tensor) -> Tensor:
-    """t [..., V / n] of every rank -> [..., V]."""
-    return collectives.all_gather_tensor(t.contiguous(), t.dim() - 1, dist.group.WORLD)
+    """t [..., V / n] of every rank -> [..., V]. Gathered as rows: columns PyTorch 2.11 cannot compile."""
+    return gather_rows(t.movedim(-1, 0).contiguous(), 0, dist.group.WORLD).movedim(0, -1)
 
 
 class VocabEmbedding(nn.Module):

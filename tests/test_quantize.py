@@ -1,4 +1,5 @@
 """linear.py, linear_triton.py and quantize.py: each mode against float64, and a quantized checkpoint wherever a plain one goes."""
+import functools
 import json
 import os
 import shutil
@@ -65,12 +66,28 @@ def test_rounding_error_of_a_normal_weight(name, bound):
         assert torch.equal(layer.unpack().flatten(1)[:, 16], layer.weight[:, 0] >> 4)  # the layout that the docstring promises
 
 
+@functools.cache
+def cpu_multiplies_fp8() -> bool:
+    a, one = torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(a, a.t(), scale_a=one, scale_b=one.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+def skip_without_fp8(mode, device="cpu"):
+    if mode == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9 or better")
+    if mode == "fp8" and device == "cpu" and not cpu_multiplies_fp8():
+        pytest.skip("this PyTorch does not imitate fp8 with a scale for each row on a CPU; 2.13 does")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("name", LAYERS)
 def test_product_against_float64(name, dtype, device):
-    if name == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("fp8 needs compute capability 8.9 or better")
+    skip_without_fp8(name, device)
     for n_in, n_out, bias in ((512, 192, True), (256, 101 if name == "int8" else 48, False)):
         torch.manual_seed(1)
         layer, _ = layer_of(name, n_in, n_out, bias, device)
@@ -115,6 +132,7 @@ def test_a_weight_that_is_widened_in_blocks(monkeypatch):
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_rows_of_zeros_and_of_one_value(name):
+    skip_without_fp8(name)
     layer, _ = layer_of(name, 256, 16)
     weight = torch.cat((torch.zeros(8, 256), torch.full((8, 256), 0.5)))
     layer.load_state_dict(layer.quantize(weight))
@@ -160,6 +178,8 @@ def test_triton_kernels_against_float64():
     env = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", INTERPRETER], env=env, capture_output=True, text=True)
+    if "only 0-dimensional arrays" in done.stderr:
+        pytest.skip("this Triton's interpreter does not work with this numpy; Triton 3.6 needs numpy below 2.4")
     assert done.stdout == "right\n", done.stderr
 
 
@@ -203,6 +223,7 @@ def text(model, draft=None, k=5):
 
 @pytest.mark.parametrize("config,mode", [*cases()])
 def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
+    skip_without_fp8(mode)
     plain = random_model(config, seed=1, scale=0.1)
     source = save_checkpoint(tmp_path / "m", plain, config)
     (source / "tokenizer.model").write_bytes(b"some tokenizer")
@@ -241,6 +262,7 @@ real = convert_hf_checkpoint.write_weights
 
 @pytest.mark.parametrize("mode,dtype", [("int8", torch.float32), ("int8", torch.bfloat16), ("int4", torch.float32), ("int4", torch.bfloat16), ("fp8", torch.float32)])
 def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere, mode, dtype):
+    skip_without_fp8(mode)
     config = CONFIG | dict(num_hidden_layers=1)
     out = run_main(monkeypatch, save_checkpoint(tmp_path / "m", random_model(config), config), tmp_path / "q", "--mode", mode,
                    *(["--group_size", "32"] if mode == "int4" else []))
