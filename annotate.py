@@ -239,7 +239,10 @@ class Doubt:
         return self.tokenizer.chat([{"role": "user", "content": prompt}]) if self.chat else self.tokenizer.encode(prompt)
 
     def __call__(self, prompt: str, answer: str) -> list[tuple[int, int, float]]:
-        """(start, end, doubt) of stretches of the answer's characters; doubt is 0.5 at the judge's threshold, above it where the judge rejects. UserError: it does not fit the context."""
+        """(start, end, doubt) of stretches of the answer's characters; doubt is 0.5 at the judge's threshold, above it where the judge rejects.
+
+        UserError: it does not fit the context.
+        """
         torch, before = self.torch, self.encode(prompt)
         tokens, offsets = self.tokenizer.encode_with_offsets(answer, continuation=True)
         length, limit = len(before) + len(tokens), self.target.config.max_seq_len

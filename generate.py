@@ -541,8 +541,6 @@ def main():
             break
         if text.strip():
             turn(text)
-    if tp.world() > 1:
-        tp.stop()
     if args.json:
         with replacing(args.json) as tmp:
             tmp.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")

@@ -18,7 +18,6 @@ from torch import Tensor
 from cli import UserError
 from model import ModelConfig, Transformer, load
 
-
 gather_rows = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # its newer name, and the older
 
 
@@ -43,18 +42,14 @@ def start(device: str) -> str:
     return device
 
 
-def stop():
-    """Leave the group in order, so that no rank takes the end of another for a failure."""
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def leave():
-    """End this process, all its work done, without the C++ destructors that run at an exit.
+    """End this rank, all its work done: in order, so that no rank takes the end of another for a failure, and without C++'s destructors.
 
-    One of them sometimes aborts after gloo was used ("terminate called without an active exception"; 2 of some 25 runs on busy
+    One of those sometimes aborts after gloo was used ("terminate called without an active exception"; 2 of some 25 runs on busy
     cores, torch 2.13), and torchrun takes that for a failure of the run.
     """
+    dist.barrier()
+    dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -156,10 +156,13 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
         assert "judge" in v["variant"] or v["tokens"] == short, v["variant"]
 
 
-def test_the_demo_pair_with_real_acceptance(capsys):
+def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
+    built, build = [], B.build
+    monkeypatch.setattr(B, "build", lambda *args: built.append(build(*args)) or built[-1])
     r = B.main([*REAL, "--judge", str(DEMO / "judge.safetensors"), "--peer", "hf", "--no_compile", "--repeats", "1", "--max_new_tokens", "12",
                 "--speculate_k", "3", "--accepted", "2", "--device", "cpu", "--dtype", "float32", "--draft_dtype", "bfloat16"])
-    assert (r["target"]["dtype"], r["draft"]["dtype"]) == ("float32", "bfloat16") and r["draft"]["bytes"] == 2 * r["draft"]["parameters"]
+    assert (r["target"]["dtype"], r["draft"]["dtype"]) == ("float32", "bfloat16") and [m.norm.weight.dtype for m in built] == [torch.float32, torch.bfloat16]
+    assert r["draft"]["bytes"] == 2 * r["draft"]["parameters"]
     variants = {v["variant"]: v for v in r["real"]["variants"]}
     assert list(variants) == ["target", "standard K=3", "judge K=3", "hf target", "hf assisted K=3"]
     assert all(v["same_tokens_as_target"] == 1 for name, v in variants.items() if "judge" not in name)
