@@ -91,7 +91,7 @@ def test_resumes_wherever_the_file_was_cut(pair, answers, tmp_path, monkeypatch)
     data, sidecar, lines = answers.read_bytes(), answers.with_name("answers.jsonl.settings.json"), lines_of(answers)
     made = {(a["source_model"], a["id"], a["temperature"], a["sample"]): a for a in lines}
     monkeypatch.setattr(M, "answers", lambda args, name, directory, units: (made[name, p["example"]["id"], t, n] for p, t, n in units))
-    monkeypatch.setattr(M.os, "fsync", lambda fd: None)
+    monkeypatch.setattr("log.os.fsync", lambda fd: None)
     out, rng = tmp_path / "a.jsonl", random.Random(0)
     shutil.copy(sidecar, tmp_path / "a.jsonl.settings.json")
     ends = [i + 1 for i, b in enumerate(data) if b == 10]
