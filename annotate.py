@@ -1,10 +1,13 @@
-"""Mark judge data by hand: one local page shows an answer at a time, and each decision on it is on disk before the next is shown.
+"""Mark judge data by hand: one local page shows an answer at a time, and each decision on it is on
+disk before the next is shown.
 
-`--data` is JSON Lines of {"prompt", "answer"}; `--out` gets the same lines with "error": null or [start, end], characters
-(code points) of the answer; an "error" that a line came with is neither shown nor kept. Skips stand in OUT.skipped;
-without that file the skipped answers are offered again. Both files change at their end only, by one synced write or one
-truncation (undo), so a kill leaves each decision whole or absent. With `--target` and `--judge` each token is shaded by
-the judge's doubt. The server listens on loopback, for one person: a token in the address keeps other users and pages out.
+`--data` is JSON Lines of {"prompt", "answer"}; `--out` gets the same lines with "error": null or
+[start, end], characters (code points) of the answer; an "error" that a line came with is neither
+shown nor kept. Skips stand in OUT.skipped; without that file the skipped answers are offered again.
+Both files change at their end only, by one synced write or one truncation (undo), so a kill leaves
+each decision whole or absent. With `--target` and `--judge` each token is shaded by the judge's
+doubt. The server listens on loopback, for one person: a token in the address keeps other users and
+pages out.
 """
 import argparse
 import fcntl
@@ -26,7 +29,9 @@ MAX_BODY = 10_000_000  # bytes; a decision holds the marked text
 # ---------------------------------------------------------------- files
 
 def json_lines(path: Path, torn=lambda tail: False) -> list[tuple[int, int, int, object]]:
-    """(number, start and end in bytes, value) of each line that is not blank; one that is not JSON is refused, unless it is the last and `torn`."""
+    """(number, start and end in bytes, value) of each line that is not blank; one that is not JSON
+    is refused, unless it is the last and `torn`.
+    """
     try:
         data = path.read_bytes()
     except OSError as e:
@@ -58,9 +63,11 @@ def read_answers(path: Path) -> list[tuple[int, dict]]:
 
 
 class Log:
-    """A file of JSON lines, made with its first line; `append` and `pop` return when the change is on disk.
+    """A file of JSON lines, made with its first line; `append` and `pop` return when the change is
+    on disk.
 
-    `torn(tail)` says whether an unfinished last line is what a killed run can have left; `open` cuts it off.
+    `torn(tail)` says whether an unfinished last line is what a killed run can have left; `open`
+    cuts it off.
     """
 
     def __init__(self, path: Path, torn):
@@ -78,7 +85,8 @@ class Log:
             os.close(directory)
             self.cut(self.end()) if self.end() <= os.fstat(self.fd).st_size else self.write(b"\n")
         except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another annotate.py; stop that one, or name another --out") from None
+            raise UserError(f"{self.path} is in use by another annotate.py; stop that one, or "
+                            "name another --out") from None
         except OSError as e:
             raise UserError(f"cannot write {self.path}: {e.strerror}") from None
 
@@ -101,7 +109,8 @@ class Log:
     def append(self, value: dict):
         if self.fd is None:
             self.open()
-        start, data = self.end(), json.dumps(value).encode() + b"\n"  # ASCII: a raw U+2028 would end the line for many readers
+        # ASCII: a raw U+2028 would end the line for many readers
+        start, data = self.end(), json.dumps(value).encode() + b"\n"
         try:
             self.write(data)
         except OSError:
@@ -123,8 +132,9 @@ def digest(line: dict) -> str:
 class Annotation:
     """The answers, the decisions on them in order, and which answer is shown.
 
-    An answer's name, the same in every run, is a hash of its prompt and answer and which of those alike it is. A skip
-    says after how many lines of --out it came: so both files together hold the order of all decisions, for `undo`.
+    An answer's name, the same in every run, is a hash of its prompt and answer and which of those
+    alike it is. A skip says after how many lines of --out it came: so both files together hold the
+    order of all decisions, for `undo`.
     """
 
     def __init__(self, data: Path, out: Path):
@@ -136,7 +146,8 @@ class Annotation:
             d = digest(line)
             count[d] = count.get(d, 0) + 1
             self.names.append(f"{d}.{count[d]}")
-        self.out, self.skips = Log(out, self.is_torn), Log(out.with_name(out.name + ".skipped"), lambda tail: True)
+        self.out, self.skips = Log(out, self.is_torn), Log(out.with_name(out.name + ".skipped"),
+                                                           lambda tail: True)
         self.decisions = self.match()  # [(answer's index, None, [start, end] or SKIP)]
         self.out.open()  # only now: a file that is not ours stays as it was
         if self.skips.path.exists():
@@ -148,7 +159,9 @@ class Annotation:
         self.skips.close()
 
     def is_torn(self, tail: bytes) -> bool:
-        """Whether the tail is the beginning of a decision on one of the answers: nobody else's file is cut."""
+        """Whether the tail is the beginning of a decision on one of the answers: nobody else's file
+        is cut.
+        """
         bodies = (json.dumps(line)[:-1].encode() + b', "error": ' for _, line in self.answers)
         return any(body.startswith(tail) or tail.startswith(body) for body in bodies)
 
@@ -157,8 +170,10 @@ class Annotation:
         index, taken, order = {name: i for i, name in enumerate(self.names)}, set(), []
         foreign = "{} line {} is not a decision on an answer of {}; name another --out, or the --data that it was made from"
         for number, _, _, line in self.skips.lines:
-            name, after = (line.get("skipped"), line.get("after")) if isinstance(line, dict) else (None, None)
-            if not isinstance(name, str) or name not in index or name in taken or type(after) is not int:
+            name, after = (line.get("skipped"), line.get("after")) if isinstance(line, dict) else (
+                None, None)
+            if not isinstance(name, str) or name not in index or name in taken or type(
+                    after) is not int:
                 raise UserError(foreign.format(self.skips.path, number, self.data))
             taken.add(name)
             order.append((after, 0, index[name], SKIP))
@@ -178,11 +193,13 @@ class Annotation:
     def advance(self):
         """Show the first answer without a decision; `shown` is None when there is none."""
         done = {i for i, _ in self.decisions}
-        self.shown, self.mark = next((i for i in range(len(self.answers)) if i not in done), None), None
+        self.shown, self.mark = next((i for i in range(len(self.answers)) if i not in done),
+                                     None), None
 
     def decide(self, choice):
         if choice == SKIP:
-            self.skips.append({"skipped": self.name, "after": len(self.out.lines), "line": self.answers[self.shown][0]})
+            self.skips.append({"skipped": self.name, "after": len(self.out.lines),
+                               "line": self.answers[self.shown][0]})
         else:
             self.out.append(self.answers[self.shown][1] | {"error": choice})
         self.decisions.append((self.shown, choice))
@@ -207,20 +224,25 @@ class Annotation:
         if self.shown is None:
             return state
         number, line = self.answers[self.shown]
-        others = {k: v if isinstance(v, str) else json.dumps(v) for k, v in line.items() if k not in ("prompt", "answer")}
-        return state | {"line": number, "prompt": line["prompt"], "answer": line["answer"], "others": others, "mark": self.mark}
+        others = {k: v if isinstance(v, str) else json.dumps(v) for k, v in line.items()
+                  if k not in ("prompt", "answer")}
+        return state | {"line": number, "prompt": line["prompt"], "answer": line["answer"],
+                        "others": others, "mark": self.mark}
 
 
 def is_error(error, answer) -> bool:
     """Whether this is what "error" may be: null, or [start, end] of at least one character."""
-    return error is None or (isinstance(error, list) and len(error) == 2 and all(type(x) is int for x in error)
+    return error is None or (isinstance(error, list) and len(error) == 2
+                             and all(type(x) is int for x in error)
                              and 0 <= error[0] < error[1] <= len(answer))
 
 
 # ---------------------------------------------------------------- doubt
 
 class Doubt:
-    """A target and its judge: how much the judge doubts each token of an answer, by one pass of the target."""
+    """A target and its judge: how much the judge doubts each token of an answer, by one pass of the
+    target.
+    """
 
     def __init__(self, target: Path, judge: Path, chat: bool):
         import torch  # here: it takes seconds, and marking alone needs none of it
@@ -228,18 +250,23 @@ class Doubt:
         from judge_report import logit
         from model import ModelConfig, fingerprint, load
         from tokenizer import Tokenizer
-        config, self.tokenizer, self.chat = ModelConfig.from_dir(target), Tokenizer.from_dir(target), chat
-        self.head = Judge.load(judge, config.dim, fingerprint(target), str(target), config.quantization and config.quantization.parent)
+        config, self.tokenizer, self.chat = ModelConfig.from_dir(target), Tokenizer.from_dir(
+            target), chat
+        self.head = Judge.load(judge, config.dim, fingerprint(target), str(target),
+                               config.quantization and config.quantization.parent)
         self.edge = logit(self.head.threshold)
         self.encode("")  # a missing chat template is told now
-        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+        device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else (
+            "cpu", torch.float32)
         self.torch, self.target, self.lock = torch, load(target, device, dtype), threading.Lock()
 
     def encode(self, prompt: str) -> list[int]:
-        return self.tokenizer.chat([{"role": "user", "content": prompt}]) if self.chat else self.tokenizer.encode(prompt)
+        return self.tokenizer.chat(
+            [{"role": "user", "content": prompt}]) if self.chat else self.tokenizer.encode(prompt)
 
     def __call__(self, prompt: str, answer: str) -> list[tuple[int, int, float]]:
-        """(start, end, doubt) of stretches of the answer's characters; doubt is 0.5 at the judge's threshold, above it where the judge rejects.
+        """(start, end, doubt) of stretches of the answer's characters; doubt is 0.5 at the judge's
+        threshold, above it where the judge rejects.
 
         UserError: it does not fit the context.
         """
@@ -247,16 +274,21 @@ class Doubt:
         tokens, offsets = self.tokenizer.encode_with_offsets(answer, continuation=True)
         length, limit = len(before) + len(tokens), self.target.config.max_seq_len
         if length > limit:
-            raise UserError(f"no doubt shown: prompt and answer have {length} tokens, the target's context is {limit}")
+            raise UserError(f"no doubt shown: prompt and answer have {length} tokens, the "
+                            f"target's context is {limit}")
         with torch.inference_mode():
             ids = torch.tensor([before + tokens], device=self.target.norm.weight.device)
-            hidden = self.target.features(ids, torch.arange(length, device=ids.device), self.target.new_cache(length))
-            doubts = torch.sigmoid(self.edge - self.head.scores(hidden[0, len(before):].cpu())).tolist()
+            hidden = self.target.features(ids, torch.arange(length, device=ids.device),
+                                          self.target.new_cache(length))
+            doubts = torch.sigmoid(self.edge
+                                   - self.head.scores(hidden[0, len(before):].cpu())).tolist()
         return stretches(offsets, doubts, len(answer))
 
 
 def stretches(offsets, doubts, length: int) -> list[tuple[int, int, float]]:
-    """(start, end, doubt) from each token's start to the next one's; a character that several tokens share has the greatest doubt of theirs."""
+    """(start, end, doubt) from each token's start to the next one's; a character that several
+    tokens share has the greatest doubt of theirs.
+    """
     of = [0.0] * length
     for (a, b), doubt in zip(offsets, doubts):
         of[a:b] = [max(x, doubt) for x in of[a:b]]
@@ -282,7 +314,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         length = self.headers.get("Content-Length", "")
         fits = length.isdecimal() and int(length) <= MAX_BODY
-        self.body = self.rfile.read(int(length)) if fits else b""  # before any refusal: one that leaves it unread resets the connection
+        # before any refusal: one that leaves it unread resets the connection
+        self.body = self.rfile.read(int(length)) if fits else b""
         self.answer(self.act)
 
     def answer(self, make):
@@ -292,36 +325,47 @@ class Handler(BaseHTTPRequestHandler):
         except Refused as e:
             status, kind, body, headers = e.args[0], "text/plain", e.args[1].encode(), {}
         self.send_response(status)
-        for name, value in {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": "no-store",
-                            "X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
-                            "Cross-Origin-Opener-Policy": "same-origin", "Referrer-Policy": "no-referrer", **headers}.items():
+        for name, value in {"Content-Type": f"{kind}; charset=utf-8",
+                            "Content-Length": str(len(body)), "Cache-Control": "no-store",
+                            "X-Content-Type-Options": "nosniff",
+                            "Cross-Origin-Resource-Policy": "same-origin",
+                            "Cross-Origin-Opener-Policy": "same-origin",
+                            "Referrer-Policy": "no-referrer", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
     def check_origin(self):
-        """Only this page may ask: a foreign Host is DNS rebinding, a foreign Origin or Sec-Fetch-Site another site's page."""
+        """Only this page may ask: a foreign Host is DNS rebinding, a foreign Origin or
+        Sec-Fetch-Site another site's page.
+        """
         port = self.server.server_address[1]
         suffix = "" if port == 80 else f":{port}"
         every = self.headers.get_all
         host = every("Host", [])
         if len(host) != 1 or host[0] not in ("127.0.0.1" + suffix, "localhost" + suffix):
             raise Refused(403, "this server answers to 127.0.0.1 and localhost only")
-        if set(every("Origin", [])) - {f"http://{host[0]}"} or set(every("Sec-Fetch-Site", [])) - {"none", "same-origin"}:
-            raise Refused(403, "this came from another site; paste the address that annotate.py printed into the address bar")
+        if set(every("Origin", [])) - {f"http://{host[0]}"} or set(every("Sec-Fetch-Site", [])) - {
+                "none", "same-origin"}:
+            raise Refused(403, "this came from another site; paste the address that annotate.py "
+                          "printed into the address bar")
 
     def page(self):
         if self.path.partition("?")[0] != "/":
             raise Refused(404, "there is one page, /")
         nonce = secrets.token_urlsafe(16)
-        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; base-uri 'none'; "
-                  "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'")
-        return 200, "text/html", self.server.html.replace("NONCE", nonce).encode(), {"Content-Security-Policy": policy}
+        policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; "
+                  "connect-src 'self'; base-uri 'none'; "
+                  "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for "
+                  "'script'; trusted-types 'none'")
+        return 200, "text/html", self.server.html.replace("NONCE", nonce).encode(), {
+            "Content-Security-Policy": policy}
 
     def act(self):
         s = self.server
         if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), s.token.encode()):
-            raise Refused(403, "this page is not of the present run; open the address that annotate.py printed last")
+            raise Refused(403, "this page is not of the present run; open the address that "
+                          "annotate.py printed last")
         try:
             asked = json.loads(self.body.decode())
             name = asked["name"]
@@ -331,34 +375,44 @@ class Handler(BaseHTTPRequestHandler):
         return 200, "application/json", json.dumps(reply).encode(), {}
 
     def change(self, asked: dict, name):
-        """One request at a time: the present state, after a decision or an undo if that is asked about the answer that is shown."""
+        """One request at a time: the present state, after a decision or an undo if that is asked
+        about the answer that is shown.
+        """
         with self.server.lock:
             a = self.server.annotation
             if self.path not in ("/state", "/decide", "/undo"):
                 raise Refused(404, "there is no such request")
             if self.path != "/state" and name != a.name:
-                raise Refused(409, "this answer was decided in another window; here is the present one")
+                raise Refused(409, "this answer was decided in another window; here is the "
+                              "present one")
             try:
                 if self.path == "/decide":
                     a.decide(self.choice(asked, a))
                 elif self.path == "/undo":
                     a.undo()
             except (OSError, UserError) as e:
-                raise Refused(500, f"nothing was saved: {getattr(e, 'strerror', None) or e}") from None
+                raise Refused(500,
+                              f"nothing was saved: {getattr(e, 'strerror', None) or e}") from None
             return a.state()
 
     @staticmethod
     def choice(asked: dict, a: Annotation):
-        """null, SKIP or [start, end], checked: the page sends the marked text too, so an offset that was counted otherwise cannot slip in."""
+        """null, SKIP or [start, end], checked: the page sends the marked text too, so an offset
+        that was counted otherwise cannot slip in.
+        """
         choice = asked.get("choice", ())
-        if a.shown is None or choice != SKIP and not is_error(choice, answer := a.answers[a.shown][1]["answer"]):
+        if a.shown is None or choice != SKIP and not is_error(choice, answer := a.answers[a.shown][
+                1]["answer"]):
             raise Refused(400, "the request is not what this page sends")
         if isinstance(choice, list) and answer[choice[0]:choice[1]] != asked.get("text"):
-            raise Refused(400, "nothing was saved: page and server count the answer's characters differently; please report this answer")
+            raise Refused(400, "nothing was saved: page and server count the answer's characters "
+                          "differently; please report this answer")
         return choice
 
     def doubt(self, name):
-        """The shades of the answer that is shown; none for one that is no longer, so that a slow target does not fall behind the person."""
+        """The shades of the answer that is shown; none for one that is no longer, so that a slow
+        target does not fall behind the person.
+        """
         doubt, a = self.server.doubt, self.server.annotation
         if doubt is None:
             return {"runs": []}
@@ -378,25 +432,32 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__(("127.0.0.1", port), Handler)
         except OSError as e:
-            raise UserError(f"--port {port}: {e.strerror}; choose another, or 0 for any that is free") from None
+            raise UserError(f"--port {port}: {e.strerror}; choose another, or 0 for any that is "
+                            "free") from None
 
     def handle_error(self, request, address):
-        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # a closed tab is no error
+        # a closed tab is no error
+        if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):
             super().handle_error(request, address)
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Mark the first error of each answer by hand, in the browser.")
+    p = argparse.ArgumentParser(description="Mark the first error of each answer by hand, in the "
+                                "browser.")
     p.add_argument("--data", type=Path, required=True, help='JSON Lines of {"prompt", "answer"}')
     p.add_argument("--out", type=Path, required=True, help="judge data to write, or to go on with")
-    p.add_argument("--target", type=Path, help="checkpoint directory; with --judge, shade each token by the judge's doubt")
+    p.add_argument("--target", type=Path, help="checkpoint directory; with --judge, shade each "
+                   "token by the judge's doubt")
     p.add_argument("--judge", type=Path, help="the target's judge file")
-    p.add_argument("--chat", action="store_true", help="put the prompts into the target's chat template, as for train_judge.py")
+    p.add_argument("--chat", action="store_true", help="put the prompts into the target's chat "
+                   "template, as for train_judge.py")
     p.add_argument("--port", type=int, default=8765, help="default 8765; 0 for any that is free")
     args = p.parse_args(argv)
     for bad, message in (
-            ((args.target is None) != (args.judge is None), "--target and --judge go together: give both to see the judge's doubt, or neither"),
-            (args.chat and args.target is None, "--chat is for the judge's doubt: it needs --target and --judge"),
+            ((args.target is None) != (args.judge is None), "--target and --judge go together: "
+             "give both to see the judge's doubt, or neither"),
+            (args.chat and args.target is None, "--chat is for the judge's doubt: it needs "
+             "--target and --judge"),
             (not 0 <= args.port < 65536, f"--port is {args.port}; it must be from 0 to 65535"),
     ):
         if bad:
@@ -411,7 +472,8 @@ def main():
         server.annotation = a = Annotation(args.data, args.out)
         server.doubt = Doubt(args.target, args.judge, args.chat) if args.target else None
         print(f"{len(a.decisions)} of {len(a.answers)} answers decided -> {args.out}\n"
-              f"open http://127.0.0.1:{server.server_address[1]}/#{server.token}\nCtrl-C stops; every decision is on disk", flush=True)
+              f"open http://127.0.0.1:{server.server_address[1]}/#{server.token}\nCtrl-C stops; "
+              "every decision is on disk", flush=True)
         try:
             server.serve_forever()
         finally:

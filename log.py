@@ -1,4 +1,6 @@
-"""A JSON Lines file that grows while a run lasts, and with which the same command goes on after it was cut off, even by kill -9."""
+"""A JSON Lines file that grows while a run lasts, and with which the same command goes on after it
+was cut off, even by kill -9.
+"""
 import json
 import os
 from pathlib import Path
@@ -9,7 +11,8 @@ from model import read_json
 
 
 class Log:
-    """A JSON Lines file that grows by whole lines, and beside it the settings that its lines were made with.
+    """A JSON Lines file that grows by whole lines, and beside it the settings that its lines were
+    made with.
 
     Both are made with the first line, so that a run that is refused before leaves nothing behind.
     """
@@ -19,19 +22,26 @@ class Log:
         self.settings = self.agreed(settings)
 
     def agreed(self, now: dict) -> dict:
-        """`now`, with the models that are known from before; raises UserError naming what was another."""
+        """`now`, with the models that are known from before; raises UserError naming what was
+        another.
+        """
         if not self.about.exists():
             if self.path.exists():
-                raise UserError(f"{self.path} is there without {self.about.name}, so it is not known how it was made; take another --out")
+                raise UserError(f"{self.path} is there without {self.about.name}, so it is not "
+                                "known how it was made; take another --out")
             return now
         saved = read_json(self.about)
-        changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items() if key != "models" and saved.get(key) != value]
+        changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items()
+                   if key != "models" and saved.get(key) != value]
         models = saved.get("models", {})
-        changed += [f"model {name} was {models[name]}, now {value}" for name, value in now["models"].items() if models.get(name, value) != value]
-        changed += [f"model {old} is now called {name}" for name, value in now["models"].items() for old in models
+        changed += [f"model {name} was {models[name]}, now {value}" for name,
+                    value in now["models"].items() if models.get(name, value) != value]
+        changed += [f"model {old} is now called {name}" for name, value in now["models"].items()
+                    for old in models
                     if models[old] == value and old not in now["models"] and name not in models]
         if changed:
-            raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. Take another --out, or remove this one")
+            raise UserError(f"{self.path} was made with other settings: {'; '.join(changed)}. "
+                            "Take another --out, or remove this one")
         return now | {"models": models | now["models"]}
 
     def lines(self) -> list[dict]:
@@ -42,7 +52,8 @@ class Log:
             try:
                 lines.append(json.loads(line))
             except ValueError:
-                raise UserError(f"{self.path}, line {i}: not JSON; the file is damaged, remove that line") from None
+                raise UserError(f"{self.path}, line {i}: not JSON; the file is damaged, remove "
+                                "that line") from None
         return lines
 
     def add(self, line: dict):

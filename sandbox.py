@@ -1,18 +1,22 @@
-"""Runs model-written Python against trusted tests, and tells a pass that cannot be faked by the way the program ends.
+"""Runs model-written Python against trusted tests, and tells a pass that cannot be faked by the way
+the program ends.
 
-The code and the tests never share a process. A *candidate* process runs the code; a *judge* process runs the tests, and
-what it calls there is a stand-in that sends the arguments to the candidate and takes back plain values (numbers, strings,
-lists, dicts, ...). So an os._exit(0), a patched assert, an __eq__ that is always true, or a `check` of the code's own
-cannot pass, nor can the code find the tests in its process, its files or its arguments; a benchmark's own file, if it may
-read that, is another matter. The tests see what the code returns, and not what it does to its arguments in place.
+The code and the tests never share a process. A *candidate* process runs the code; a *judge* process
+runs the tests, and what it calls there is a stand-in that sends the arguments to the candidate and
+takes back plain values (numbers, strings, lists, dicts, ...). So an os._exit(0), a patched assert,
+an __eq__ that is always true, or a `check` of the code's own cannot pass, nor can the code find the
+tests in its process, its files or its arguments; a benchmark's own file, if it may read that, is
+another matter. The tests see what the code returns, and not what it does to its arguments in place.
 
-What holds where Linux gives namespaces (`Outcome.isolation` says which): no network; all files read-only but a small
-empty directory; the home directory hidden; no other process visible; every process ends with the run. Everywhere: limits
-on time, memory, processes, file size and output, and as root another user id, since root has no limit on processes.
-Without namespaces the code has the network and the user's files, and what kills its watchers may outlive the run.
+What holds where Linux gives namespaces (`Outcome.isolation` says which): no network; all files
+read-only but a small empty directory; the home directory hidden; no other process visible; every
+process ends with the run. Everywhere: limits on time, memory, processes, file size and output, and
+as root another user id, since root has no limit on processes. Without namespaces the code has the
+network and the user's files, and what kills its watchers may outlive the run.
 
-What it is not: a boundary against an attacker who aims at the kernel or at what the machine serves locally, and memory is
-limited for each process, not for all together. Run strangers' models in a container or a virtual machine. Linux only.
+What it is not: a boundary against an attacker who aims at the kernel or at what the machine serves
+locally, and memory is limited for each process, not for all together. Run strangers' models in a
+container or a virtual machine. Linux only.
 """
 import contextlib
 import ctypes
@@ -34,8 +38,11 @@ from dataclasses import dataclass
 if sys.platform == "linux":  # elsewhere this file can be imported, and refuses to run
     import resource
 
-MEMORY, FILE_SIZE, DISK, PROCESSES, FILES, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 32, 64, 64 << 10  # bytes and counts
-PATIENCE = 30  # seconds beyond the timeout after which the whole sandbox is given up: a busy machine starts it slowly
+# bytes and counts
+MEMORY, FILE_SIZE, DISK, PROCESSES, FILES, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 32, 64, 64 << 10
+# seconds beyond the timeout after which the whole sandbox is given up: a busy machine starts it
+# slowly
+PATIENCE = 30
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_NODEV_NOSUID, MS_BIND_REC, MS_PRIVATE_REC, MNT_DETACH = 2 | 4, 4096 | 16384, (1 << 18) | 16384, 2
@@ -50,27 +57,39 @@ class Outcome:
     isolation: str
 
 
-def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0, given: str = "") -> Outcome:
-    """Run `program`, then `check(program's entry_point)` of the trusted `tests`, in at most `timeout` seconds.
+def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0,
+               given: str = "") -> Outcome:
+    """Run `program`, then `check(program's entry_point)` of the trusted `tests`, in at most
+    `timeout` seconds.
 
-    given: trusted code whose names the tests may use. Raises UserError where the sandbox itself cannot run.
+    given: trusted code whose names the tests may use. Raises UserError where the sandbox itself
+    cannot run.
     """
     from cli import UserError  # here, because `python -I` runs this file without its directory
 
     if sys.platform != "linux":
-        raise UserError("model-written code is run on Linux only; score these answers there, or in a container")
-    with tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory, tempfile.TemporaryFile() as request:
-        head = json.dumps(dict(program=program, entry_point=entry_point, timeout=timeout, directory=directory,
+        raise UserError("model-written code is run on Linux only; score these answers there, or "
+                        "in a container")
+    with tempfile.TemporaryDirectory(prefix="sandbox-",
+                                     ignore_cleanup_errors=True) as directory, tempfile.TemporaryFile() as request:
+        head = json.dumps(dict(program=program, entry_point=entry_point, timeout=timeout,
+                               directory=directory,
                                home=os.path.realpath(os.path.expanduser("~")))).encode()
-        request.write(len(head).to_bytes(8, "little") + head + json.dumps(dict(tests=tests, entry_point=entry_point, given=given)).encode())
+        request.write(len(head).to_bytes(8, "little") + head
+                      + json.dumps(dict(tests=tests, entry_point=entry_point,
+                                        given=given)).encode())
         request.seek(0)
-        env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": directory, "TMPDIR": directory, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        env |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some Pythons do not start without
+        env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": directory, "TMPDIR": directory,
+               "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        # some Pythons do not start without
+        env |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         verdict, w = os.pipe()
         process = None
         try:
-            process = subprocess.Popen([sys.executable, "-I", "-u", os.path.abspath(__file__), str(w)], stdin=request, stdout=subprocess.PIPE,
-                                       stderr=subprocess.STDOUT, env=env, cwd=directory, pass_fds=[w], start_new_session=True)
+            process = subprocess.Popen([sys.executable, "-I", "-u", os.path.abspath(__file__),
+                                        str(w)], stdin=request, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, env=env, cwd=directory,
+                                       pass_fds=[w], start_new_session=True)
             os.close(w)
             lines, output = _listen(verdict, process.stdout, time.monotonic() + timeout + PATIENCE)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -83,12 +102,15 @@ def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0
                 process.stdout.close()
             os.close(verdict)
     if not lines or lines[0] in STATUSES:  # no word from the candidate before it ran any code
-        raise UserError(f"the sandbox did not start: {(output.strip().splitlines() or ['it was killed'])[-1]}")
+        raise UserError("the sandbox did not start: "
+                        f"{(output.strip().splitlines() or ['it was killed'])[-1]}")
     return Outcome(lines[1] if len(lines) > 1 else "failed", output, lines[0])
 
 
 def _listen(verdict, stdout, deadline):
-    """(the lines that the sandbox reports, the output), reading both as they come and keeping only OUTPUT bytes of the output."""
+    """(the lines that the sandbox reports, the output), reading both as they come and keeping only
+    OUTPUT bytes of the output.
+    """
     said, output, out = b"", b"", stdout.fileno()
     os.set_blocking(out, False)
     while said.count(b"\n") < 2 and (left := deadline - time.monotonic()) > 0:
@@ -125,7 +147,8 @@ def _main():
         f.write("1000")  # if memory runs out, this goes first
     size = int.from_bytes(os.read(0, 8), "little")
     head = b""
-    while len(head) < size:  # not a byte more: the tests follow, and must not be in the candidate's memory
+    # not a byte more: the tests follow, and must not be in the candidate's memory
+    while len(head) < size:
         head += os.read(0, size - len(head))
     request, uid = json.loads(head), 2_000_000_000 + os.getpid()
     if not _isolate(uid):
@@ -135,19 +158,23 @@ def _main():
         os.waitpid(pid, 0)
     else:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-        _watch(request, verdict, uid, ", ".join([NAMESPACES, *_mount(request["directory"], request["home"])]))
+        _watch(request, verdict, uid,
+               ", ".join([NAMESPACES, *_mount(request["directory"], request["home"])]))
     os._exit(0)
 
 
 def _isolate(uid) -> bool:
-    """Leave the system's network and, for children, its processes and mounts; whether the system allows that."""
+    """Leave the system's network and, for children, its processes and mounts; whether the system
+    allows that.
+    """
     flags, root = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC, os.getuid() == 0
     if root:
         with contextlib.suppress(OSError):
             _call("unshare", flags)
             return True
         os.setegid(uid)
-        os.seteuid(uid)  # a user namespace of root's would still be root's to the limit on processes
+        # a user namespace of root's would still be root's to the limit on processes
+        os.seteuid(uid)
     ids = os.geteuid(), os.getegid()
     try:
         _call("unshare", flags | CLONE_NEWUSER)
@@ -157,7 +184,8 @@ def _isolate(uid) -> bool:
             os.setegid(0)
         return False
     _call("prctl", PR_SET_DUMPABLE, 1)  # else the files below are root's
-    for name, text in ("setgroups", "deny"), ("uid_map", f"{ids[0]} {ids[0]} 1"), ("gid_map", f"{ids[1]} {ids[1]} 1"):
+    for name, text in ("setgroups", "deny"), ("uid_map", f"{ids[0]} {ids[0]} 1"), (
+            "gid_map", f"{ids[1]} {ids[1]} 1"):
         with open(f"/proc/self/{name}", "w") as f:
             f.write(text)
     os.setresgid(ids[1], ids[1], ids[1])
@@ -166,9 +194,12 @@ def _isolate(uid) -> bool:
 
 
 def _mount(directory, home):
-    """Hide the home directory and other processes, make everything read-only but `directory`; what of that worked."""
+    """Hide the home directory and other processes, make everything read-only but `directory`; what
+    of that worked.
+    """
     done = []
-    mount = lambda source, target, kind, flags, data=None: _call("mount", source.encode(), target.encode(), kind, flags, data)
+    mount = lambda source, target, kind, flags, data=None: _call("mount", source.encode(),
+                                                                 target.encode(), kind, flags, data)
     with contextlib.suppress(OSError):
         mount("none", "/", None, MS_PRIVATE_REC)
         if home != "/" and os.path.isdir(home):
@@ -188,15 +219,18 @@ def _mount(directory, home):
     with contextlib.suppress(OSError):
         os.makedirs(directory, exist_ok=True)
         read_only = (ctypes.c_uint64 * 4)(1)
-        _call("syscall", 442, -100, b"/", 0x8000, read_only, 32)  # mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, ...)
-        mount("tmpfs", directory, b"tmpfs", MS_NODEV_NOSUID, f"size={DISK},nr_inodes=1000,mode=777".encode())
+        # mount_setattr(AT_FDCWD, "/", AT_RECURSIVE, ...)
+        _call("syscall", 442, -100, b"/", 0x8000, read_only, 32)
+        mount("tmpfs", directory, b"tmpfs", MS_NODEV_NOSUID,
+              f"size={DISK},nr_inodes=1000,mode=777".encode())
         done.append("files read-only")
     return done
 
 
 def _watch(request, verdict, uid, isolation):
     """Start candidate and judge, wait for the judge, report, and leave no process behind."""
-    _call("prctl", PR_SET_DUMPABLE, 0)  # the candidate, where it has the same user id, must not reach into this or the judge
+    # the candidate, where it has the same user id, must not reach into this or the judge
+    _call("prctl", PR_SET_DUMPABLE, 0)
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1)
     (calls, w), (r, results) = os.pipe(), os.pipe()
     if not os.fork():
@@ -216,13 +250,15 @@ def _watch(request, verdict, uid, isolation):
 def _kill_children(seconds=5):
     """Kill children until none lives; those of a dead child become ours, as we are the subreaper.
 
-    The dead are reaped last: until then they count against the limit on processes, so a fork bomb cannot replace them.
+    The dead are reaped last: until then they count against the limit on processes, so a fork bomb
+    cannot replace them.
     """
     deadline, before, alive = time.monotonic() + seconds, None, True
     while time.monotonic() < deadline:
         with open(f"/proc/self/task/{os.getpid()}/children") as f:
             children = f.read().split()
-        if not alive and children == before:  # twice the same dead: one that died since the list was read may have left us new ones
+        # twice the same dead: one that died since the list was read may have left us new ones
+        if not alive and children == before:
             break
         before, alive = children, False
         for pid in children:
@@ -248,7 +284,9 @@ def _run_apart(main, *args):
 
 
 def _candidate(request, uid, isolation, verdict, calls, results):
-    """Give up every privilege, say that the sandbox stands, run the code, then answer the judge's calls."""
+    """Give up every privilege, say that the sandbox stands, run the code, then answer the judge's
+    calls.
+    """
     os.setsid()
     devnull = os.open(os.devnull, os.O_RDONLY)
     for old, new in (devnull, 0), (verdict, 62), (calls, 60), (results, 61):  # 0 had the tests
@@ -264,13 +302,16 @@ def _candidate(request, uid, isolation, verdict, calls, results):
     _call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    for limit, value in (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), \
-            (resource.RLIMIT_NPROC, PROCESSES), (resource.RLIMIT_NOFILE, FILES), (resource.RLIMIT_CORE, 0):
+    for limit, value in (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS,
+                                                     MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), \
+            (resource.RLIMIT_NPROC, PROCESSES), (resource.RLIMIT_NOFILE,
+                                                 FILES), (resource.RLIMIT_CORE, 0):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     if not os.access(os.__file__, os.R_OK):
-        os.write(2, f"as root the code runs as another user, who cannot read {os.__file__}; install Python where others can, or do not be root\n".encode())
+        os.write(2, f"as root the code runs as another user, who cannot read {os.__file__}; "
+                 "install Python where others can, or do not be root\n".encode())
         os._exit(1)
     os.write(62, isolation.encode() + b"\n")
     os.close(62)
@@ -298,7 +339,9 @@ KNOWN = {("builtins", t.__name__): t for t in PLAIN}
 
 
 def _plain(value) -> bytes:
-    """The value pickled as built-in types: a Counter as the dict that it equals, a NumPy number as a number; others are an error."""
+    """The value pickled as built-in types: a Counter as the dict that it equals, a NumPy number as
+    a number; others are an error.
+    """
     class Pickler(pickle.Pickler):
         def reducer_override(self, x):
             if type(x) in PLAIN or isinstance(x, type):
@@ -307,8 +350,10 @@ def _plain(value) -> bytes:
                 return type(x.item()), (x.item(),)
             kind = next((t for t in PLAIN if isinstance(x, t)), None)
             if kind is None:
-                raise TypeError(f"the tests can receive built-in values only, not a {type(x).__name__}")
-            return kind, (list(x) if kind in (list, tuple, set, frozenset) else dict(x) if kind is dict else kind.__add__(x, kind()),)
+                raise TypeError("the tests can receive built-in values only, not a "
+                                f"{type(x).__name__}")
+            return kind, (list(x) if kind in (list, tuple, set, frozenset) else dict(x)
+                          if kind is dict else kind.__add__(x, kind()),)
 
     data = io.BytesIO()
     Pickler(data, 4).dump(value)
@@ -316,7 +361,9 @@ def _plain(value) -> bytes:
 
 
 class _Values(pickle.Unpickler):
-    """Built-in values only: a pickle that names anything else is refused, so nothing of the candidate's acts in the judge."""
+    """Built-in values only: a pickle that names anything else is refused, so nothing of the
+    candidate's acts in the judge.
+    """
 
     def find_class(self, module, name):
         return KNOWN[module, name]
@@ -328,7 +375,8 @@ def _judge(calls, results):
     with open(0, "rb") as f:
         request = json.load(f)
     calls, results = open(calls, "wb"), open(results, "rb")
-    if not results.read(1):  # wait until the candidate stands: a test that fails at once must not end the run before that
+    # wait until the candidate stands: a test that fails at once must not end the run before that
+    if not results.read(1):
         os._exit(1)
 
     def candidate(*args, **kwargs):

@@ -1,7 +1,9 @@
-"""Text to token ids and back: SentencePiece or tiktoken, told apart by the content of tokenizer.model, and chat templates.
+"""Text to token ids and back: SentencePiece or tiktoken, told apart by the content of
+tokenizer.model, and chat templates.
 
-Plain text never yields a special token: a user who types "<|eot_id|>" gets its characters. Only the chat template's own
-text does. Decoding works on bytes, so that a stream never shows half a character.
+Plain text never yields a special token: a user who types "<|eot_id|>" gets its characters. Only the
+chat template's own text does. Decoding works on bytes, so that a stream never shows half a
+character.
 """
 import base64
 import codecs
@@ -16,17 +18,26 @@ import tiktoken
 from cli import UserError
 from model import read_json
 
-# How Llama 3 cuts text before merging: contractions, words with one leading sign, up to three digits, signs, line ends, spaces.
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                  "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+# How Llama 3 cuts text before merging: contractions, words with one leading sign, up to three
+# digits, signs, line ends, spaces.
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+                  r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                  "<|reserved_special_token_1|>",
+                  "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+                  "<|start_header_id|>", "<|end_header_id|>",
                   "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(3, 256 - len(LLAMA3_SPECIAL) + 3)]
-RUN = 20_000  # tiktoken's time grows with the square of a run without a break, so longer runs are cut
+LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>"
+                   for i in range(3, 256 - len(LLAMA3_SPECIAL) + 3)]
+# tiktoken's time grows with the square of a run without a break, so longer runs are cut
+RUN = 20_000
 
 
 class Tokenizer:
-    """What both kinds share. A subclass gives `vocab_size`, `special` {text: id}, `_pieces(text, continuation)` and `token_bytes(id)`.
+    """What both kinds share.
+
+    A subclass gives `vocab_size`, `special` {text: id}, `_pieces(text, continuation)` and
+    `token_bytes(id)`.
 
     bos_id: the begin token or None. eos_ids: every end token that the checkpoint's files name.
     """
@@ -42,12 +53,15 @@ class Tokenizer:
 
     @staticmethod
     def from_dir(checkpoint_dir) -> "Tokenizer":
-        """The tokenizer of a checkpoint directory; raises UserError if tokenizer.model is missing or neither kind."""
+        """The tokenizer of a checkpoint directory; raises UserError if tokenizer.model is missing
+        or neither kind.
+        """
         path = Path(checkpoint_dir) / "tokenizer.model"
         if not Path(checkpoint_dir).is_dir():
             raise UserError(f"checkpoint directory {checkpoint_dir} does not exist")
         if not path.is_file():
-            raise UserError(f"{path} does not exist; fetch it, or convert the checkpoint with convert_hf_checkpoint.py")
+            raise UserError(f"{path} does not exist; fetch it, or convert the checkpoint with "
+                            "convert_hf_checkpoint.py")
         data = path.read_bytes()
         if _is_ranks(data):
             return TiktokenTokenizer(path.parent, data)
@@ -56,20 +70,23 @@ class Tokenizer:
                 raise ValueError
             model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except (RuntimeError, ValueError):
-            raise UserError(f"{path} is neither a SentencePiece model nor tiktoken ranks, or is damaged; fetch it again") from None
+            raise UserError(f"{path} is neither a SentencePiece model nor tiktoken ranks, or is "
+                            "damaged; fetch it again") from None
         return SentencePieceTokenizer(path.parent, model)
 
     def encode(self, text: str, bos=True, continuation=False) -> list[int]:
         """Ids of plain text, with the begin token in front if the model has one and `bos`.
 
-        `continuation`: the text goes on after other text, so it gets neither a begin token nor a space of its own in front
-        (SentencePiece adds one at the start of a text).
+        `continuation`: the text goes on after other text, so it gets neither a begin token nor a
+        space of its own in front (SentencePiece adds one at the start of a text).
         """
         bos = bos and not continuation and self.bos_id is not None
         return [self.bos_id] * bos + [i for i, _, _ in self._pieces(text, continuation)]
 
-    def encode_with_offsets(self, text: str, continuation=False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of plain text and for each the characters [start, end) of `text` that it holds any byte of.
+    def encode_with_offsets(self, text: str,
+                            continuation=False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of plain text and for each the characters [start, end) of `text` that it holds any
+        byte of.
 
         Several tokens can share one character.
         """
@@ -92,19 +109,22 @@ class Tokenizer:
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether every id means the same bytes or the same control token."""
-        return (type(self), self.vocab_size, self.special) == (type(other), other.vocab_size, other.special) and all(
+        return (type(self), self.vocab_size, self.special) == (type(other), other.vocab_size,
+                                                               other.special) and all(
             self.token_bytes(i) == other.token_bytes(i) for i in range(self.vocab_size))
 
     # ------------------------------------------------------------ chat
 
     def chat(self, messages: list[dict], add_generation_prompt=True) -> list[int]:
-        """Ids of a conversation [{"role", "content"}, ...] in the checkpoint's own chat template, a Jinja2 text run in a sandbox.
+        """Ids of a conversation [{"role", "content"}, ...] in the checkpoint's own chat template, a
+        Jinja2 text run in a sandbox.
 
         Raises UserError if there is no template or it refuses the messages.
         """
         template = self._template()
-        # A message must not smuggle in a special token, yet the template may test and trim it. So every special string in
-        # a message is broken up by a noncharacter while the template renders, which goes when the text is cut.
+        # A message must not smuggle in a special token, yet the template may test and trim it. So
+        # every special string in a message is broken up by a noncharacter while the template
+        # renders, which goes when the text is cut.
         mark = "\ufdd0"
         specials = sorted(self.special, key=len, reverse=True)
 
@@ -114,13 +134,17 @@ class Tokenizer:
                 text = text.replace(s, s[0] + mark + s[1:])
             return text
 
-        guarded = [{k: guard(v) if isinstance(v, str) and k != "role" else v for k, v in m.items()} for m in messages]
-        names = {f"{k}_token": v.get("content") if isinstance(v, dict) else v for k in ("bos", "eos", "pad", "unk")
+        guarded = [{k: guard(v) if isinstance(v, str) and k != "role" else v for k, v in m.items()}
+                   for m in messages]
+        names = {f"{k}_token": v.get("content") if isinstance(v, dict) else v
+                 for k in ("bos", "eos", "pad", "unk")
                  if (v := self.settings.get(f"{k}_token"))}
-        text = _render(template, self.directory, messages=guarded, add_generation_prompt=add_generation_prompt, **names)
+        text = _render(template, self.directory, messages=guarded,
+                       add_generation_prompt=add_generation_prompt, **names)
         ids, plain = [], ""
         while text:
-            s = next((s for s in specials if text.startswith(s)), None) if text[0] in self._special_starts else None
+            s = next((s for s in specials if text.startswith(s)),
+                     None) if text[0] in self._special_starts else None
             if s is None:
                 plain, text = plain + text[0], text[1:]
                 continue
@@ -134,11 +158,13 @@ class Tokenizer:
 
     def _template(self):
         path = self.directory / "chat_template.jinja"
-        template = path.read_text(encoding="utf-8") if path.exists() else self.settings.get("chat_template")
+        template = path.read_text(encoding="utf-8") if path.exists() else self.settings.get(
+            "chat_template")
         if isinstance(template, list):  # several by name
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         if not template:
-            raise UserError(f"{self.directory}/tokenizer_config.json has no chat_template; leave out --chat, or take an instruction-tuned checkpoint")
+            raise UserError(f"{self.directory}/tokenizer_config.json has no chat_template; leave "
+                            "out --chat, or take an instruction-tuned checkpoint")
         return template
 
 
@@ -153,32 +179,43 @@ def _render(template, directory, **values):
         from datetime import datetime
         return datetime.now().strftime(form)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False,
+                                                                      indent=indent)
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     try:
         return environment.from_string(template).render(**values)
     except TemplateError as e:
-        raise UserError(f"the chat template of {directory} refuses this conversation: {e}") from None
+        raise UserError(
+            f"the chat template of {directory} refuses this conversation: {e}") from None
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Llama 2's kind. Round trips are exact for models with the identity normaliser, as Llama's are; others lose what it folds."""
+    """Llama 2's kind.
+
+    Round trips are exact for models with the identity normaliser, as Llama's are; others lose what
+    it folds.
+    """
 
     def __init__(self, directory, model):
         super().__init__(directory)
         self.model, self.vocab_size = model, model.vocab_size()
-        self.special = {model.id_to_piece(i): i for i in range(self.vocab_size) if model.is_control(i)}
-        self.bos_id = model.bos_id() if model.bos_id() >= 0 and self.settings.get("add_bos_token", True) else None
+        self.special = {model.id_to_piece(i): i for i in range(self.vocab_size)
+                        if model.is_control(i)}
+        self.bos_id = model.bos_id() if model.bos_id() >= 0 and self.settings.get(
+            "add_bos_token", True) else None
         if model.eos_id() >= 0:
             self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, model.eos_id())))
-        self.adds_space = model.decode(model.encode("a b")) == "a b" and b"".join(map(self.token_bytes, model.encode("a"))) == b" a"
+        self.adds_space = model.decode(model.encode("a b")) == "a b" and b"".join(
+            map(self.token_bytes, model.encode("a"))) == b" a"
 
     def _is_control(self, i):
         return self.model.is_control(i)
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes a token stands for; a word's leading space is there, a control token has none."""
+        """The bytes a token stands for; a word's leading space is there, a control token has none.
+        """
         if self.model.is_control(i):
             return b""
         if self.model.is_byte(i):
@@ -187,7 +224,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _pieces(self, text, continuation):
         """(id, start, end) of each token; start and end are characters of `text`."""
-        # After a line end, SentencePiece cuts a text as it would anywhere inside one; the two tokens of " \n" are then dropped.
+        # After a line end, SentencePiece cuts a text as it would anywhere inside one; the two
+        # tokens of " \n" are then dropped.
         lead = "\n" if continuation and self.adds_space else ""
         ids = self.model.encode(lead + text)
         skip = len(self.model.encode(lead)) if lead else 0
@@ -196,22 +234,27 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Llama 3's kind, and other byte-level BPE that convert_hf_checkpoint.py describes in tokenizer_special.json."""
+    """Llama 3's kind, and other byte-level BPE that convert_hf_checkpoint.py describes in
+    tokenizer_special.json.
+    """
     adds_space = False
 
     def __init__(self, directory, data):
         super().__init__(directory)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in data.splitlines() if line)}
+        ranks = {base64.b64decode(token): int(rank) for token,
+                 rank in (line.split() for line in data.splitlines() if line)}
         described = directory / "tokenizer_special.json"
         if described.exists():
             about = read_json(described)
-            pattern, self.special, self.bos_id, self.normalizer = about["pattern"], about["special_tokens"], about.get("bos"), about.get("normalizer")
+            pattern, self.special, self.bos_id, self.normalizer = about["pattern"], about[
+                "special_tokens"], about.get("bos"), about.get("normalizer")
         else:
             pattern, self.normalizer = LLAMA3_PATTERN, None
             self.special = {s: len(ranks) + i for i, s in enumerate(LLAMA3_SPECIAL)}
             self.bos_id = self.special["<|begin_of_text|>"]
             self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, self.special["<|end_of_text|>"])))
-        self.model = tiktoken.Encoding(name=str(directory), pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.model = tiktoken.Encoding(name=str(directory), pat_str=pattern, mergeable_ranks=ranks,
+                                       special_tokens=self.special)
         self.bytes = {i: b for b, i in ranks.items()}
         self.vocab_size = max(*ranks.values(), *self.special.values(), 0) + 1
         self.control = frozenset(self.special.values())
@@ -230,7 +273,9 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class Stream:
-    """Decodes new tokens one by one; `put` gives the text that is complete, never half a character, `flush` what is left."""
+    """Decodes new tokens one by one; `put` gives the text that is complete, never half a character,
+    `flush` what is left.
+    """
 
     def __init__(self, tokenizer: Tokenizer, before=()):
         self.tokenizer = tokenizer
@@ -251,13 +296,15 @@ def _is_ranks(data: bytes) -> bool:
     """Whether a file's first line is tiktoken's: base64, a space, a number."""
     first = data.split(b"\n", 1)[0].split()
     try:
-        return len(first) == 2 and first[1].isdigit() and base64.b64decode(first[0], validate=True) is not None
+        return len(first) == 2 and first[1].isdigit() and base64.b64decode(
+            first[0], validate=True) is not None
     except ValueError:
         return False
 
 
 def _cut_runs(text):
-    """The text in parts in which no run of spaces or of non-spaces is longer than RUN characters."""
+    """The text in parts in which no run of spaces or of non-spaces is longer than RUN characters.
+    """
     start = run = 0
     for i, c in enumerate(text):
         run = run + 1 if i and c.isspace() == text[i - 1].isspace() else 1
@@ -268,7 +315,9 @@ def _cut_runs(text):
 
 
 def _spans(tokens, text, spaces):
-    """(id, start, end) for each (id, bytes): its characters of `text`, before which the tokens hold `spaces` bytes more."""
+    """(id, start, end) for each (id, bytes): its characters of `text`, before which the tokens hold
+    `spaces` bytes more.
+    """
     ends, total = [], 0  # ends[c]: bytes up to and with character c
     for c in text:
         total += len(c.encode("utf-8", errors="replace"))

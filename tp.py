@@ -1,8 +1,10 @@
-"""Tensor parallelism under torchrun, applied to a model from outside: each rank holds its share of every matrix.
+"""Tensor parallelism under torchrun, applied to a model from outside: each rank holds its share of
+every matrix.
 
-Attention and feed-forward are split by heads and by hidden units (Shoeybi et al., arXiv 1909.08053): one sum over the
-ranks after each. The vocabulary is split too, for the embedding and for the LM head. A rank reads only its own slices
-of the files. NCCL on GPUs, gloo on CPUs. Ranks are those of the whole run, so several machines are one group.
+Attention and feed-forward are split by heads and by hidden units (Shoeybi et al., arXiv
+1909.08053): one sum over the ranks after each. The vocabulary is split too, for the embedding and
+for the LM head. A rank reads only its own slices of the files. NCCL on GPUs, gloo on CPUs. Ranks
+are those of the whole run, so several machines are one group.
 """
 import os
 import sys
@@ -18,7 +20,8 @@ from torch import Tensor
 from cli import UserError
 from model import ModelConfig, Transformer, load
 
-gather_rows = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # its newer name, and the older
+# its newer name, and the older
+gather_rows = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
 
 def world() -> int:
@@ -35,18 +38,22 @@ def start(device: str) -> str:
     if device == "cuda":
         local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= count:
-            raise UserError(f"torchrun started {local + 1} processes or more on a machine with {count} GPUs; give --nproc_per_node {count} at most")
+            raise UserError(f"torchrun started {local + 1} processes or more on a machine with "
+                            f"{count} GPUs; give --nproc_per_node {count} at most")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device != "cpu" else "gloo", device_id=torch.device(device) if device != "cpu" else None)
+    dist.init_process_group("nccl" if device != "cpu" else "gloo", device_id=torch.device(device)
+                            if device != "cpu" else None)
     return device
 
 
 def leave():
-    """End this rank, all its work done: in order, so that no rank takes the end of another for a failure, and without C++'s destructors.
+    """End this rank, all its work done: in order, so that no rank takes the end of another for a
+    failure, and without C++'s destructors.
 
-    One of those sometimes aborts after gloo was used ("terminate called without an active exception"; 2 of some 25 runs on busy
-    cores, torch 2.13), and torchrun takes that for a failure of the run.
+    One of those sometimes aborts after gloo was used ("terminate called without an active
+    exception"; 2 of some 25 runs on busy cores, torch 2.13), and torchrun takes that for a failure
+    of the run.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -65,9 +72,10 @@ def from_rank_0(text: str | None) -> str | None:
 def same_everywhere(t: Tensor) -> Tensor:
     """Rank 0's t on every rank, in place.
 
-    Every rank computes the drafted tokens and what to accept, from values that a sum over ranks gave to all of them. Should
-    two ranks differ in a last bit all the same (another kernel was chosen, another GPU), they would accept different runs
-    and never meet in a collective again. So rank 0's tokens and decision are everybody's, by construction.
+    Every rank computes the drafted tokens and what to accept, from values that a sum over ranks
+    gave to all of them. Should two ranks differ in a last bit all the same (another kernel was
+    chosen, another GPU), they would accept different runs and never meet in a collective again. So
+    rank 0's tokens and decision are everybody's, by construction.
     """
     dist.broadcast(t, 0)
     return t
@@ -76,12 +84,14 @@ def same_everywhere(t: Tensor) -> Tensor:
 def check(config: ModelConfig, checkpoint_dir):
     """Refuse a model that cannot be split among the ranks, before any weight is read."""
     if what := undividable(config, world()):
-        raise UserError(f"{checkpoint_dir} has {what}, which {world()} processes cannot share; choose another --nproc_per_node")
+        raise UserError(f"{checkpoint_dir} has {what}, which {world()} processes cannot share; "
+                        "choose another --nproc_per_node")
 
 
 def undividable(config: ModelConfig, n: int) -> str | None:
     """What of the model cannot be shared among n ranks, in words, or None."""
-    for what, count in (("key-value heads", config.n_kv_head), ("attention heads", config.n_head), ("feed-forward units", config.ffn_dim),
+    for what, count in (("key-value heads", config.n_kv_head), ("attention heads", config.n_head),
+                        ("feed-forward units", config.ffn_dim),
                         ("vocabulary entries", config.vocab_size)):
         if count % n:
             return f"{count} {what}"
@@ -93,12 +103,17 @@ def sum_over_ranks(t: Tensor) -> Tensor:
 
 
 def columns_of_all_ranks(t: Tensor) -> Tensor:
-    """t [..., V / n] of every rank -> [..., V]. Gathered as rows: columns PyTorch 2.11 cannot compile."""
+    """t [..., V / n] of every rank -> [..., V].
+
+    Gathered as rows: columns PyTorch 2.11 cannot compile.
+    """
     return gather_rows(t.movedim(-1, 0).contiguous(), 0, dist.group.WORLD).movedim(0, -1)
 
 
 class VocabEmbedding(nn.Module):
-    """A rank's rows of the embedding: the tokens of other ranks give zero here, and the sum over the ranks is the whole."""
+    """A rank's rows of the embedding: the tokens of other ranks give zero here, and the sum over
+    the ranks is the whole.
+    """
 
     def __init__(self, rows: int, dim: int):
         super().__init__()
@@ -108,13 +123,17 @@ class VocabEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         local = tokens - self.first
         mine = (local >= 0) & (local < len(self.weight))
-        return sum_over_ranks(F.embedding(torch.where(mine, local, 0), self.weight) * mine[..., None])
+        return sum_over_ranks(F.embedding(torch.where(mine, local, 0), self.weight)
+                              * mine[..., None])
 
 
 def share(config: ModelConfig) -> Transformer:
-    """This rank's share of a model, weights not filled: a model of 1/n of the heads, hidden units and vocabulary, joined by sums."""
+    """This rank's share of a model, weights not filled: a model of 1/n of the heads, hidden units
+    and vocabulary, joined by sums.
+    """
     n = world()
-    model = Transformer(replace(config, n_head=config.n_head // n, n_kv_head=config.n_kv_head // n, ffn_dim=config.ffn_dim // n,
+    model = Transformer(replace(config, n_head=config.n_head // n, n_kv_head=config.n_kv_head // n,
+                                ffn_dim=config.ffn_dim // n,
                                 vocab_size=config.vocab_size // n))
     model.config.vocab_size = config.vocab_size  # of the logits that come out
     model.embed = VocabEmbedding(config.vocab_size // n, config.dim)
@@ -128,17 +147,22 @@ def share(config: ModelConfig) -> Transformer:
 
 
 def read_share(config: ModelConfig):
-    """A function that reads this rank's part of a tensor, from the file's own slices: only these bytes are read."""
+    """A function that reads this rank's part of a tensor, from the file's own slices: only these
+    bytes are read.
+    """
     n, r = world(), rank()
     heads = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
-    rows = {"wqkv": heads, "w13": 2 * [config.ffn_dim], "embed": [config.vocab_size], "output": [config.vocab_size]}
+    rows = {"wqkv": heads, "w13": 2 * [config.ffn_dim], "embed": [config.vocab_size],
+            "output": [config.vocab_size]}
 
     def read(file, name: str) -> Tensor:
         tensor, owner = file.get_slice(name), name.split(".")[-2]
         if owner in rows:  # stacked matrices, each split by its outputs
             starts = [sum(rows[owner][:i]) for i in range(len(rows[owner]))]
-            return torch.cat([tensor[start + r * size // n:start + (r + 1) * size // n] for start, size in zip(starts, rows[owner])])
-        if owner in ("wo", "w2") and len(shape := tensor.get_shape()) == 2:  # split by their inputs; scales of rows are everybody's
+            return torch.cat([tensor[start + r * size // n:start + (r + 1) * size // n] for start,
+                              size in zip(starts, rows[owner])])
+        # split by their inputs; scales of rows are everybody's
+        if owner in ("wo", "w2") and len(shape := tensor.get_shape()) == 2:
             return tensor[:, r * shape[1] // n:(r + 1) * shape[1] // n].contiguous()
         return file.get_tensor(name)
 

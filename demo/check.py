@@ -1,16 +1,20 @@
 """Is a demo answer right? Maths and facts by the line after ####; code by running its asserts.
 
-Model-written code is never handed to Python: a small interpreter walks its syntax tree, knows the few constructs that
-the demo's functions are made of, and stops after a bounded number of steps. Anything else counts as wrong.
+Model-written code is never handed to Python: a small interpreter walks its syntax tree, knows the
+few constructs that the demo's functions are made of, and stops after a bounded number of steps.
+Anything else counts as wrong.
 """
 import ast
 import operator
 import re
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod, ast.FloorDiv: operator.floordiv,
-             ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+             ast.Mod: operator.mod, ast.FloorDiv: operator.floordiv,
+             ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+             ast.Gt: operator.gt, ast.GtE: operator.ge,
              ast.USub: operator.neg, ast.Not: operator.not_}
-STEPS, SIZE, LENGTH = 5_000, 10**9, 10**5  # steps of one call; the largest number and the longest list that may occur
+# steps of one call; the largest number and the longest list that may occur
+STEPS, SIZE, LENGTH = 5_000, 10**9, 10**5
 
 
 class Refused(Exception):
@@ -28,7 +32,8 @@ class Interpreter:
         return self.block(function.body)
 
     def block(self, statements):
-        """Run statements; the value of a return, as a one-element tuple, or None if there was none."""
+        """Run statements; the value of a return, as a one-element tuple, or None if there was none.
+        """
         for s in statements:
             if (result := self.statement(s)) is not None:
                 return result
@@ -83,7 +88,8 @@ class Interpreter:
             case ast.Call(func=ast.Name(id="pow"), args=[base, ast.Constant(value=2)], keywords=[]):
                 base = self.value(base)
                 return self.apply(ast.Mult(), base, base)
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[item], keywords=[]):
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[item],
+                          keywords=[]):
                 self.names[name].append(self.value(item))
                 return None
             case _:
@@ -102,11 +108,15 @@ class Interpreter:
 
 
 def passes(source: str, asserts) -> bool:
-    """Whether the first function in `source` gives every expected result; asserts is [(argument, result), ...]."""
+    """Whether the first function in `source` gives every expected result; asserts is [(argument,
+    result), ...].
+    """
     try:
         function = ast.parse(source).body[0]
-        return isinstance(function, ast.FunctionDef) and all(Interpreter().call(function, list(x)) == (want,) for x, want in asserts)
-    except (SyntaxError, ValueError, Refused, KeyError, TypeError, AttributeError, ArithmeticError, IndexError, RecursionError, MemoryError):
+        return isinstance(function, ast.FunctionDef) and all(Interpreter().call(function, list(x))
+                                                             == (want,) for x, want in asserts)
+    except (SyntaxError, ValueError, Refused, KeyError, TypeError, AttributeError, ArithmeticError,
+            IndexError, RecursionError, MemoryError):
         return False
 
 

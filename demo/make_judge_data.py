@@ -1,11 +1,13 @@
-"""Make the judge's training data: both models' own answers, their first error marked by the exact checker.
+"""Make the judge's training data: both models' own answers, their first error marked by the exact
+checker.
 
     python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out judge_data.jsonl
 
-Prompts come from the judge split. The draft answers greedily and sampled, the target greedily, and both together with
-drafted tokens accepted among the target's 3 and 8 likeliest: such a mixture, and the errors that the target does not
-find unlikely, is what the judge will meet. A draft sampled at temperature 1 makes errors that it would not meet: with
-those among the data it does worse (demo/README.md).
+Prompts come from the judge split. The draft answers greedily and sampled, the target greedily, and
+both together with drafted tokens accepted among the target's 3 and 8 likeliest: such a mixture, and
+the errors that the target does not find unlikely, is what the judge will meet. A draft sampled at
+temperature 1 makes errors that it would not meet: with those among the data it does worse
+(demo/README.md).
 """
 import argparse
 import json
@@ -26,19 +28,23 @@ from generate import generate
 from model import load
 from tokenizer import Tokenizer
 
-PLAN = (("target", 0.0), ("draft", 0.0), ("draft", 0.7), ("topk:3", 0.0), ("topk:8", 0.0))  # (rule, temperature) of a prompt's answers
+# (rule, temperature) of a prompt's answers
+PLAN = (("target", 0.0), ("draft", 0.0), ("draft", 0.7), ("topk:3", 0.0), ("topk:8", 0.0))
 
 
 def answers(job):
-    """All planned answers to a share of the prompts; runs in a process of its own, on one thread."""
+    """All planned answers to a share of the prompts; runs in a process of its own, on one thread.
+    """
     target_dir, draft_dir, per_task, share, of = job
     torch.set_num_threads(1)
     tokenizer = Tokenizer.from_dir(target_dir)
     target, draft = load(target_dir, dtype=torch.float32), load(draft_dir, dtype=torch.float32)
-    engines = [(rule, t, make_engine(rule, target, draft, temperature=t, seed=share)) for rule, t in PLAN]
+    engines = [(rule, t, make_engine(rule, target, draft, temperature=t, seed=share)) for rule,
+               t in PLAN]
     lines = []
     for task in TASKS:
-        for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task, disable=True if share else None):
+        for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task,
+                            disable=True if share else None):
             prompt = tokenizer.encode(problem.prompt)
             for rule, temperature, engine in engines:
                 r = generate(engine, prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
@@ -46,25 +52,29 @@ def answers(job):
                     continue
                 answer = tokenizer.decode_new(prompt, r.tokens)
                 error = first_error(problem, answer)
-                lines.append({"prompt": problem.prompt, "answer": answer, "error": error, "domain": task, "source_model": rule,
+                lines.append({"prompt": problem.prompt, "answer": answer, "error": error,
+                              "domain": task, "source_model": rule,
                               "temperature": temperature})
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per_task", type=int, default=400, help="prompts of each task")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    jobs = [(args.target, args.draft, args.per_task, i, args.processes) for i in range(args.processes)]
+    jobs = [(args.target, args.draft, args.per_task, i, args.processes)
+            for i in range(args.processes)]
     with get_context("spawn").Pool(args.processes) as pool:
         lines = sum(pool.map(answers, jobs), [])
     with replacing(args.out) as tmp:
         tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    print(f"{len(lines)} answers, {sum(line['error'] is not None for line in lines)} with an error -> {args.out}")
+    print(f"{len(lines)} answers, {sum(line['error'] is not None for line in lines)} with an "
+          f"error -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Judges of the demo's target from exact labels, from mined ones, and from AutoJudge's, on one table.
+"""Judges of the demo's target from exact labels, from mined ones, and from AutoJudge's, on one
+table.
 
     python demo/make_problems.py --split judge --per_task 150 --out prompts.jsonl
     python make_judge_data.py generate --prompts prompts.jsonl --models checkpoints/demo/target checkpoints/demo/draft --out answers.jsonl
@@ -7,9 +8,10 @@
     python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out exact.jsonl --per_task 200
     python demo/mined.py --answers answers.jsonl --mined mined.jsonl --autojudge autojudge.jsonl --exact exact.jsonl --out judges
 
-The first judge learns from the same answers as `mined`, labelled by the exact checker, so that the labels are all that
-differs. Every judge gets the threshold that lets through 5% of its own validation errors. AUC is on the answers of --exact
-to prompts that none of them was trained on; what the judges accept, and how right the text stays, is eval.py's.
+The first judge learns from the same answers as `mined`, labelled by the exact checker, so that the
+labels are all that differs. Every judge gets the threshold that lets through 5% of its own
+validation errors. AUC is on the answers of --exact to prompts that none of them was trained on;
+what the judges accept, and how right the text stays, is eval.py's.
 """
 import argparse
 import json
@@ -38,17 +40,22 @@ TARGET = HOME / "target"
 
 
 def exactly(lines: list[dict]) -> list[dict]:
-    """The same answers with the exact checker's labels; those that were cut off are left out, as `mine` does."""
+    """The same answers with the exact checker's labels; those that were cut off are left out, as
+    `mine` does.
+    """
     known = {p.prompt: p for task in TASKS for p in islice(problems(task, "judge"), SEARCHED)}
     if unknown := [line["prompt"] for line in lines if line["prompt"] not in known]:
-        raise UserError(f"{len(unknown)} prompts are not of the judge split, such as {unknown[0]!r}; make them with demo/make_problems.py --split judge")
-    return [{k: line[k] for k in ("prompt", "answer", "domain")} | {"error": first_error(known[line["prompt"]], line["answer"])}
+        raise UserError(f"{len(unknown)} prompts are not of the judge split, such as "
+                        f"{unknown[0]!r}; make them with demo/make_problems.py --split judge")
+    return [{k: line[k] for k in ("prompt", "answer", "domain")}
+            | {"error": first_error(known[line["prompt"]], line["answer"])}
             for line in lines if line["ended"] and line["answer"]]
 
 
 def train(data: Path, out: Path) -> str:
     """Train a judge as a user would; what train_judge.py says of it."""
-    done = subprocess.run([sys.executable, ROOT / "train_judge.py", "--target", TARGET, "--data", data, "--out", out, "--device", "cpu"],
+    done = subprocess.run([sys.executable, ROOT / "train_judge.py", "--target", TARGET, "--data",
+                           data, "--out", out, "--device", "cpu"],
                           capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"train_judge.py on {data}: {done.stderr.strip()}")
@@ -57,39 +64,48 @@ def train(data: Path, out: Path) -> str:
 
 def evaluate(head: Path, out: Path, args) -> dict:
     """eval.py's numbers of the judge on the held-out problems."""
-    subprocess.run([sys.executable, ROOT / "eval.py", "--task", "demo", "--data", HOME / "problems.jsonl", "--target", TARGET, "--draft", HOME / "draft",
-                    "--judge", head, "--rules", "target,judge", "--limit", str(args.limit), "--processes", str(args.processes), "--device", "cpu", "--out", out],
+    subprocess.run([sys.executable, ROOT / "eval.py", "--task", "demo", "--data",
+                    HOME / "problems.jsonl", "--target", TARGET, "--draft", HOME / "draft",
+                    "--judge", head, "--rules", "target,judge", "--limit", str(args.limit),
+                    "--processes", str(args.processes), "--device", "cpu", "--out", out],
                    check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "results.json").read_text())["rules"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("answers", "mined", "autojudge", "exact", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=100, help="held-out problems of each task (default 100)")
+    parser.add_argument("--limit", type=int, default=100, help="held-out problems of each task "
+                        "(default 100)")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
     answers = [json.loads(line) for line in args.answers.read_text().splitlines()]
-    files = {"exact labels": args.out / "exact.jsonl", "mined, first_error": args.mined, "mined, autojudge": args.autojudge}
+    files = {"exact labels": args.out / "exact.jsonl", "mined, first_error": args.mined,
+             "mined, autojudge": args.autojudge}
     with replacing(files["exact labels"]) as tmp:
         tmp.write_text("".join(json.dumps(line) + "\n" for line in exactly(answers)))
     used = {line["prompt"] for line in answers}
     unseen = [e for e in read_data(args.exact) if e["prompt"] not in used]
     encoded = encode(Tokenizer.from_dir(TARGET), unseen, ModelConfig.from_dir(TARGET).max_seq_len)
     hidden = features(load(TARGET, "cpu", torch.float32), encoded)
-    rows = [["judge", "answers", "with an error", "AUC", "95% interval", "threshold", "right", "accepted per round"]]
+    rows = [["judge", "answers", "with an error", "AUC", "95% interval", "threshold", "right",
+             "accepted per round"]]
     for name, data in files.items():
         path = args.out / f"{data.stem}.safetensors"
         (args.out / f"{data.stem}.txt").write_text(train(data, path))
         head = Judge.load(path, hidden.shape[1], fingerprint(TARGET), str(TARGET))
-        auc, low, high = measure(judged(unseen, encoded, torch.ones(len(unseen), dtype=torch.bool), head.scores(hidden)), head.threshold, 0)["auc"]
+        auc, low, high = measure(judged(unseen, encoded, torch.ones(len(unseen), dtype=torch.bool),
+                                        head.scores(hidden)), head.threshold, 0)["auc"]
         found = evaluate(path, args.out / data.stem, args)
         lines = read_data(data)
-        rows.append([name, f"{len(lines):,}", f"{sum(e['error'] is not None for e in lines):,}", f"{auc:.4f}", f"{low:.4f} to {high:.4f}", f"{head.threshold:.3f}",
+        rows.append([name, f"{len(lines):,}", f"{sum(e['error'] is not None for e in lines):,}",
+                     f"{auc:.4f}", f"{low:.4f} to {high:.4f}", f"{head.threshold:.3f}",
                      f"{found['judge']['accuracy']:.1%}", f"{found['judge']['mean_accepted']:.2f}"])
-    print(f"target alone: {found['target']['accuracy']:.1%} right; AUC on {len(unseen):,} answers to {len({e['prompt'] for e in unseen}):,} other prompts\n")
+    print(f"target alone: {found['target']['accuracy']:.1%} right; AUC on {len(unseen):,} answers "
+          f"to {len({e['prompt'] for e in unseen}):,} other prompts\n")
     print(table(rows))
 
 

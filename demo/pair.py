@@ -24,7 +24,8 @@ def load_pair(target_dir=HOME / "target", dtype=torch.float32):
     """(target, draft, judge, tokenizer) of the demo; another target is a quantized one."""
     target, draft = load(target_dir, dtype=dtype), load(HOME / "draft", dtype=dtype)
     parent = target.config.quantization and target.config.quantization.parent
-    head = Judge.load(HOME / "judge.safetensors", target.config.dim, fingerprint(target_dir), str(target_dir), parent)
+    head = Judge.load(HOME / "judge.safetensors", target.config.dim, fingerprint(target_dir),
+                      str(target_dir), parent)
     return target, draft, head, Tokenizer.from_dir(target_dir)
 
 

@@ -1,4 +1,6 @@
-"""What `python generate.py` shows without arguments: held-out problems by target alone, standard and judge, and a table."""
+"""What `python generate.py` shows without arguments: held-out problems by target alone, standard
+and judge, and a table.
+"""
 import sys
 
 from demo.check import is_right
@@ -14,10 +16,13 @@ def show():
     target, draft, head, tokenizer = load_pair()
     color = use_color(sys.stdout)
     count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
-    print(f"Judge decoding on the demo pair: target {count(target):.1f}M, draft {count(draft):.2f}M parameters, K = 16, greedy.")
+    print(f"Judge decoding on the demo pair: target {count(target):.1f}M, draft "
+          f"{count(draft):.2f}M parameters, K = 16, greedy.")
     if color:
-        print("Each token's colour says who let it in: " + ", ".join(f"{COLORS[s]}{words}\033[0m" for s, words in (
-            ("draft", "the standard test"), ("judge", "only the judge"), ("target", "the target's own"))) + ".")
+        print("Each token's colour says who let it in: "
+              + ", ".join(f"{COLORS[s]}{words}\033[0m" for s, words in (
+            ("draft", "the standard test"), ("judge", "only the judge"),
+            ("target", "the target's own"))) + ".")
     engines = {rule: make_engine(rule, target, draft, head) for rule in RULES}
     for engine in engines.values():  # the first calls of a process are slow
         generate(engine, tokenizer.encode("Question:"), 8)
@@ -37,11 +42,15 @@ def show():
                 r = generate(engines[rule], prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
             if first:
                 print(f"  ({summary(r)})")
-            results[rule].append((r, is_right(p["task"], p["prompt"], tokenizer.decode_new(prompt, r.tokens), p["answer"])))
+            results[rule].append((r, is_right(p["task"], p["prompt"],
+                                              tokenizer.decode_new(prompt, r.tokens), p["answer"])))
     print(f"\n{len(problems)} held-out problems ({', '.join(TASKS)})\n")
-    speeds = {rule: sum(len(r.tokens) - 1 for r, _ in rs) / sum(r.seconds for r, _ in rs) for rule, rs in results.items()}
+    speeds = {rule: sum(len(r.tokens) - 1 for r, _ in rs) / sum(r.seconds for r, _ in rs) for rule,
+              rs in results.items()}
     print(f"{'rule':10} {'tokens/s':>9} {'speed-up':>9} {'accepted per round':>19} {'right':>7}")
     for rule, rs in results.items():
-        accepted = sum(n * c for r, _ in rs for n, c in enumerate(r.accept_counts)) / sum(r.rounds for r, _ in rs)
+        accepted = sum(n * c for r, _ in rs for n,
+                       c in enumerate(r.accept_counts)) / sum(r.rounds for r, _ in rs)
         shown = "–" if rule == "target" else f"{accepted:.2f}"
-        print(f"{rule:10} {speeds[rule]:9.0f} {speeds[rule] / speeds['target']:8.2f}x {shown:>19} {sum(ok for _, ok in rs):4}/{len(rs)}")
+        print(f"{rule:10} {speeds[rule]:9.0f} {speeds[rule] / speeds['target']:8.2f}x {shown:>19} "
+              f"{sum(ok for _, ok in rs):4}/{len(rs)}")

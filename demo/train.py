@@ -1,11 +1,13 @@
-"""Train one of the demo's two models on the synthetic corpus, from a seed; writes an ordinary checkpoint directory.
+"""Train one of the demo's two models on the synthetic corpus, from a seed; writes an ordinary
+checkpoint directory.
 
     python demo/train.py --model target --tokenizer checkpoints/demo/target --out checkpoints/demo/target --minutes 60
     python demo/train.py --model draft --tokenizer checkpoints/demo/target --out checkpoints/demo/draft --minutes 10
 
-Text is rendered as it is needed, so no document is seen twice. Muon for the matrices, AdamW for the rest, a schedule that
-is flat and then falls to zero. `--minutes` bounds the time; the step count follows from it. `--dtype bfloat16` is five
-times as fast as float32 on a CPU with instructions for it (AMX) and seven times slower on one without.
+Text is rendered as it is needed, so no document is seen twice. Muon for the matrices, AdamW for the
+rest, a schedule that is flat and then falls to zero. `--minutes` bounds the time; the step count
+follows from it. `--dtype bfloat16` is five times as fast as float32 on a CPU with instructions for
+it (AMX) and seven times slower on one without.
 """
 import argparse
 import json
@@ -28,12 +30,15 @@ from model import ModelConfig, Transformer, apply_rope, rope_table
 
 SEQ = 256  # row length in training
 SIZES = {
-    "target": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2, intermediate_size=1024,
+    "target": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6,
+                   num_key_value_heads=2, intermediate_size=1024,
                    tie_word_embeddings=False),
-    "draft": dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, intermediate_size=256,
+    "draft": dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
+                  intermediate_size=256,
                   tie_word_embeddings=True),
 }
-MISTAKES = {"target": 0.025, "draft": 0.0}  # share of the words that could be got wrong and are, to be taken back
+# share of the words that could be got wrong and are, to be taken back
+MISTAKES = {"target": 0.025, "draft": 0.0}
 WEIGHTS = {  # documents of each task
     "target": {"maths": 2, "code": 1.4, "facts": 1, "drill": 0.3, "lookups": 0.6},
     "draft": {"maths": 2.2, "code": 1.5, "facts": 4, "lookups": 2},
@@ -41,28 +46,38 @@ WEIGHTS = {  # documents of each task
 
 
 def config_json(which, vocab_size):
-    return dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size, head_dim=SIZES[which]["hidden_size"] //
-                SIZES[which]["num_attention_heads"], max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, hidden_act="silu",
+    return dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size,
+                head_dim=SIZES[which]["hidden_size"] //
+                SIZES[which]["num_attention_heads"], max_position_embeddings=512, rms_norm_eps=1e-5,
+                rope_theta=10000.0, hidden_act="silu",
                 bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16", **SIZES[which])
 
 
 def documents(which, tokenizer, seed, weights):
-    """Endless (inputs, labels) in the model's habit, each between begin and end tokens; a label of -100 is none."""
+    """Endless (inputs, labels) in the model's habit, each between begin and end tokens; a label of
+    -100 is none.
+    """
     rng = random.Random(f"{which} {seed}")
     streams = {task: problems(task, "train", seed=f"{which} {seed}") for task in weights}
     letters = {tokenizer.piece_to_id(f"\u2581{letter}") for letter in LETTERS}
     while True:
         problem = next(streams[rng.choices(list(weights), list(weights.values()))[0]])
-        prompt = len(tokenizer.encode(problem.prompt))  # both break at a space or a line, so this is where the answer begins
-        ids = [tokenizer.bos_id(), *tokenizer.encode(problem.prompt + render(problem.solution, rng, which, MISTAKES[which])), tokenizer.eos_id()]
+        # both break at a space or a line, so this is where the answer begins
+        prompt = len(tokenizer.encode(problem.prompt))
+        ids = [tokenizer.bos_id(),
+               *tokenizer.encode(problem.prompt + render(problem.solution, rng, which,
+                                                         MISTAKES[which])), tokenizer.eos_id()]
         labels = [-100] * prompt + ids[prompt + 1:]
-        if problem.task == "lookups":  # which things are asked for is chance, and its loss would drown the letters'
+        # which things are asked for is chance, and its loss would drown the letters'
+        if problem.task == "lookups":
             labels = [label if label in letters else -100 for label in labels]
         yield ids[:-1], labels
 
 
 def rows(which, tokenizer, seed, weights):
-    """Endless (inputs [SEQ], labels [SEQ]): rows packed with whole documents, padded without labels."""
+    """Endless (inputs [SEQ], labels [SEQ]): rows packed with whole documents, padded without
+    labels.
+    """
     source, pool = documents(which, tokenizer, seed, weights), []
     while True:
         inputs, labels = [], []
@@ -81,7 +96,8 @@ def logits(model, tokens, rope):
     x = model.embed(tokens)
     for layer in model.layers:
         a, (B, S) = layer.attn, tokens.shape
-        q, k, v = a.wqkv(layer.attn_norm(x)).view(B, S, -1, a.head_dim).split([a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
+        q, k, v = a.wqkv(layer.attn_norm(x)).view(B, S, -1, a.head_dim).split(
+            [a.n_head, a.n_kv_head, a.n_kv_head], dim=2)
         q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, rope), apply_rope(k, rope), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + a.wo(y.transpose(1, 2).reshape(B, S, -1))
@@ -90,11 +106,14 @@ def logits(model, tokens, rope):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update has its singular values set to about 1 (Jordan et al., 2024), in a dtype of choice: torch.optim.Muon
-    always computes in bfloat16. Sized as AdamW's updates are (Liu et al., 2502.16982)."""
+    """Momentum whose update has its singular values set to about 1 (Jordan et al., 2024), in a
+    dtype of choice: torch.optim.Muon always computes in bfloat16. Sized as AdamW's updates are (Liu
+    et al., 2502.16982).
+    """
 
     def __init__(self, params, lr, dtype, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, dict(lr=lr, dtype=dtype, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, dtype=dtype, momentum=momentum,
+                                      weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -109,33 +128,42 @@ class Muon(torch.optim.Optimizer):
                     a = x @ x.T
                     x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
                 x = x.T if x.shape != p.shape else x
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    x, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
 
 def init(model):
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.02 / (2 * len(model.layers)) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 0.02)
+            torch.nn.init.normal_(p, std=0.02 / (2 * len(model.layers)) ** 0.5
+                                  if name.endswith(("wo.weight", "w2.weight")) else 0.02)
 
 
 def save(model, config, out: Path, tokenizer_dir: Path):
     """Write the model as an ordinary checkpoint directory."""
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "model.safetensors") as tmp:
-        save_file({n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.named_parameters()}, tmp)
+        save_file({n: p.detach().to(torch.bfloat16).contiguous() for n,
+                   p in model.named_parameters()}, tmp)
     with replacing(out / "config.json") as tmp:
         tmp.write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer_dir.resolve() != out.resolve():
         shutil.copy(tokenizer_dir / "tokenizer.model", out)
 
 
-def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from=None, keep=lambda model: None):
-    """Train for `minutes`; `keep(model)` is called now and then. Returns the model and the number of steps."""
+def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from=None,
+          keep=lambda model: None):
+    """Train for `minutes`; `keep(model)` is called now and then.
+
+    Returns the model and the number of steps.
+    """
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(config_json(which, tokenizer.vocab_size())))
     init(model)
     if start_from:
-        model.load_state_dict({n: p.float() for n, p in load_file(start_from / "model.safetensors").items()}, strict=not model.config.tied)
+        model.load_state_dict({n: p.float() for n,
+                               p in load_file(start_from / "model.safetensors").items()},
+                              strict=not model.config.tied)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [Muon(matrices, lr=lr, dtype=dtype),
@@ -154,7 +182,8 @@ def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from
         loss = loss_of(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = min(1.0, done / 0.03 + 0.02, max(0.0, (1 - done) / 0.5))  # warm up, flat, then linearly to zero
+        # warm up, flat, then linearly to zero
+        scale = min(1.0, done / 0.03 + 0.02, max(0.0, (1 - done) / 0.5))
         for o in optimizers:
             for group in o.param_groups:
                 group["lr"] = lr * scale
@@ -164,7 +193,8 @@ def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from
         step, done = step + 1, (time.time() - start) / (60 * minutes)
         mean += loss.item()
         if step % 50 == 0:
-            print(f"step {step}  {done:.0%}  loss {mean / 50:.4f}  {step * batch * SEQ / (time.time() - start + 1e-9):.0f} tokens/s", flush=True)
+            print(f"step {step}  {done:.0%}  loss {mean / 50:.4f}  "
+                  f"{step * batch * SEQ / (time.time() - start + 1e-9):.0f} tokens/s", flush=True)
             mean = 0.0
         if step % 100 == 0:
             keep(model)  # an interrupted run is not lost: --start_from
@@ -172,27 +202,37 @@ def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with "
+                        "tokenizer.model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=32, help=f"rows of {SEQ} tokens")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation")
-    parser.add_argument("--weights", metavar="TASK=N,...", help="documents of each task (default: the model's own)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="of the computation")
+    parser.add_argument("--weights", metavar="TASK=N,...", help="documents of each task (default: "
+                        "the model's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start_from", type=Path, help="go on from this checkpoint, with the schedule from its beginning (give another seed)")
+    parser.add_argument("--start_from", type=Path, help="go on from this checkpoint, with the "
+                        "schedule from its beginning (give another seed)")
     args = parser.parse_args()
 
     weights = WEIGHTS[args.model]
     if args.weights:
-        weights = {task: float(n) for task, n in (pair.split("=") for pair in args.weights.split(","))}
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer / "tokenizer.model"))
-    keep = lambda model: save(model, config_json(args.model, tokenizer.vocab_size()), args.out, args.tokenizer)
-    model, steps = train(args.model, tokenizer, args.minutes, args.batch, args.lr, args.seed, weights, getattr(torch, args.dtype), args.start_from, keep)
+        weights = {task: float(n) for task,
+                   n in (pair.split("=") for pair in args.weights.split(","))}
+    tokenizer = sentencepiece.SentencePieceProcessor(
+        model_file=str(args.tokenizer / "tokenizer.model"))
+    keep = lambda model: save(model, config_json(args.model, tokenizer.vocab_size()), args.out,
+                              args.tokenizer)
+    model, steps = train(args.model, tokenizer, args.minutes, args.batch, args.lr, args.seed,
+                         weights, getattr(torch, args.dtype), args.start_from, keep)
     keep(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {args.batch * SEQ} tokens -> {args.out}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of "
+          f"{args.batch * SEQ} tokens -> {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""annotate.py in a real headless browser and over plain HTTP: exact offsets, what is on disk when, who is refused, bad input.
+"""annotate.py in a real headless browser and over plain HTTP: exact offsets, what is on disk when,
+who is refused, bad input.
 
-The browser is driven by ChromeDriver's own HTTP protocol (W3C WebDriver). Where a mark must land is counted here, in Python's characters.
+The browser is driven by ChromeDriver's own HTTP protocol (W3C WebDriver). Where a mark must land is
+counted here, in Python's characters.
 """
 import base64
 import http.client
@@ -27,16 +29,21 @@ from train_judge import read_data
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
-CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which(
+    "chromedriver")
 browser_only = pytest.mark.skipif(not (CHROME and DRIVER),
-                                  reason="needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+                                  reason="needs chromium and chromedriver (Debian: apt-get "
+                                  "install chromium chromium-driver)")
 
 QUESTION = "Question: Mira has 3 eggs. Mira finds 4 more. How many eggs does Mira have now?\nAnswer:"
 FAMILY = "👩‍👩‍👧"  # five code points, eight UTF-16 units
 ANSWERS = [
-    f"First 🎉 line, {FAMILY} is fine.\nSecond e\u0301 line\r\nthird: 3 + 4 = 8 🎈 apples.\n\n  So 8.\n",
-    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">&amp; <b>bold</b>\x00\u2028end",
-    "Seven, 7.", "Eight words stand in this plain sentence here. " * 12, "שלום 12 = 13 עולם", "last \ud83d one",
+    f"First 🎉 line, {FAMILY} is fine.\nSecond e\u0301 line\r\nthird: 3 + 4 = 8 🎈 apples.\n\n  So "
+    "8.\n",
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">&amp; "
+    "<b>bold</b>\x00\u2028end",
+    "Seven, 7.", "Eight words stand in this plain sentence here. " * 12, "שלום 12 = 13 עולם",
+    "last \ud83d one",
 ]
 
 
@@ -51,7 +58,8 @@ def lines_of(path):
 
 @pytest.fixture
 def data(tmp_path):
-    lines = [{"prompt": f"Prompt {i} <b>&", "answer": a, "domain": "x", "error": [0, 1]} for i, a in enumerate(ANSWERS)]
+    lines = [{"prompt": f"Prompt {i} <b>&", "answer": a, "domain": "x", "error": [0, 1]} for i,
+             a in enumerate(ANSWERS)]
     return write(tmp_path / "answers.jsonl", lines)
 
 
@@ -59,12 +67,17 @@ class App:
     """annotate.py as a process, and its requests as the page makes them."""
 
     def __init__(self, data, out, *more, python=()):
-        command = [sys.executable, *python, "annotate.py", "--data", data, "--out", out, "--port", "0", *more]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background shell ignores it
+        command = [sys.executable, *python, "annotate.py", "--data", data, "--out", out, "--port",
+                   "0", *more]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True,
+                                        # a background shell ignores it
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT,
+                                                                         signal.default_int_handler))
         self.first = self.process.stdout.readline()
         line = self.process.stdout.readline()
-        assert line.startswith("open http://127.0.0.1:"), (self.first, line, self.process.poll() and self.process.stderr.read())
+        assert line.startswith("open http://127.0.0.1:"), (self.first, line, self.process.poll()
+                                                           and self.process.stderr.read())
         self.url = line.split()[1]
         self.port, self.token = int(self.url.split(":")[2].split("/")[0]), self.url.split("#")[1]
 
@@ -83,7 +96,8 @@ class App:
         return reply.status, reply.read().decode(), dict(reply.getheaders())
 
     def post(self, path, token=None, headers={}, **body):
-        status, text, _ = self.request("POST", path, json.dumps(body), X_Token=token or self.token, **headers)
+        status, text, _ = self.request("POST", path, json.dumps(body), X_Token=token or self.token,
+                                       **headers)
         return (status, json.loads(text)) if status == 200 else (status, text)
 
     def decide(self, choice, **more):
@@ -94,24 +108,31 @@ class App:
 # ---------------------------------------------------------------- the browser
 
 class Browser:
-    KEYS = {"shift": "\ue008", "control": "\ue009", "left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015",
+    KEYS = {"shift": "\ue008", "control": "\ue009", "left": "\ue012", "up": "\ue013",
+            "right": "\ue014", "down": "\ue015",
             "end": "\ue010", "home": "\ue011", "enter": "\ue007", "escape": "\ue00c"}
 
     def __init__(self, folder):
-        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True)
         self.base = None
         while "started successfully on port" not in (line := self.driver.stdout.readline()):
             assert line, "chromedriver did not start"
         self.base = f"http://127.0.0.1:{line.split('port ')[1].split('.')[0].strip()}/session"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1000,900", f"--user-data-dir={folder}"]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+                 "--window-size=1000,900", f"--user-data-dir={folder}"]
         options = {"binary": CHROME, "args": flags}
-        capabilities = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        self.base += "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
+        capabilities = {"browserName": "chrome", "goog:chromeOptions": options,
+                        "goog:loggingPrefs": {"browser": "ALL"}}
+        self.base += "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": capabilities}})[
+            "sessionId"]
 
     def call(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(self.base + path, data,
+                                         {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 return json.load(reply)["value"]
@@ -140,13 +161,17 @@ class Browser:
         return value
 
     def decided(self, count, total=len(ANSWERS)):
-        self.until("return document.getElementById('where').textContent === arguments[0]", f"{count} of {total}")
+        self.until("return document.getElementById('where').textContent === arguments[0]",
+                   f"{count} of {total}")
 
     def says(self, text):
-        self.until("return document.getElementById('said').textContent.includes(arguments[0])", text)
+        self.until("return document.getElementById('said').textContent.includes(arguments[0])",
+                   text)
 
     def point(self, answer, at):
-        """The left edge of the answer's character `at`, in the window; text nodes are counted here, not by the page's own code."""
+        """The left edge of the answer's character `at`, in the window; text nodes are counted here,
+        not by the page's own code.
+        """
         units = len(answer[:at].encode("utf-16-le", errors="surrogatepass")) // 2
         return self.js("""
             const walk = document.createTreeWalker(document.getElementById('answer'), NodeFilter.SHOW_TEXT);
@@ -163,10 +188,12 @@ class Browser:
     def mouse(self, *points, times=1):
         """Press the button at the first point, go over the others, release it."""
         moves = [{"type": "pointerMove", "duration": 20, "x": x, "y": y} for x, y in points]
-        self.pointer(*moves[:1], *[{"type": "pointerDown", "button": 0}, *moves[1:], {"type": "pointerUp", "button": 0}] * times)
+        self.pointer(*moves[:1], *[{"type": "pointerDown", "button": 0}, *moves[1:],
+                                   {"type": "pointerUp", "button": 0}] * times)
 
     def pointer(self, *steps):
-        self.actions({"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"}, "actions": list(steps)})
+        self.actions({"type": "pointer", "id": "mouse", "parameters": {"pointerType": "mouse"},
+                      "actions": list(steps)})
 
     def drag(self, answer, start, end):
         """Press at the left edge of the character `start`, go and release at that of `end`."""
@@ -181,13 +208,16 @@ class Browser:
         self.call("POST", "/actions", {"actions": [source]})
 
     def press(self, *keys):
-        """Each is a key, or several held together as in shift+right, or that times a number: shift+right*3."""
+        """Each is a key, or several held together as in shift+right, or that times a number:
+        shift+right*3.
+        """
         steps = []
         for key in keys:
             key, _, times = key.partition("*")
             for _ in range(int(times or 1)):
                 held = [self.KEYS.get(k, k) for k in key.split("+")]
-                steps += [{"type": "keyDown", "value": k} for k in held] + [{"type": "keyUp", "value": k} for k in reversed(held)]
+                steps += [{"type": "keyDown", "value": k}
+                          for k in held] + [{"type": "keyUp", "value": k} for k in reversed(held)]
         self.keys(*steps)
 
     def keys(self, *steps):
@@ -207,17 +237,21 @@ def browser(tmp_path_factory):
 @browser_only
 def test_marks_by_drag_and_keys_land_exactly(browser, data, tmp_path):
     a, out = ANSWERS[0], tmp_path / "out.jsonl"
-    expect = lambda *errors: [{"prompt": f"Prompt {i} <b>&", "answer": ANSWERS[i], "domain": "x", "error": e} for i, e in errors]
+    expect = lambda *errors: [{"prompt": f"Prompt {i} <b>&", "answer": ANSWERS[i], "domain": "x",
+                               "error": e} for i, e in errors]
     with App(data, out) as app:
         browser.open(app.url)
         browser.decided(0)
         assert browser.js("return document.getElementById('answer').textContent") == a
-        # across an emoji and a line break, the end behind another emoji; then a line break written \r\n; then backwards
-        for start, end in ((a.index("🎉"), a.index("ond")), (a.index("line\r"), a.index("rd: 3")), (a.index("So"), a.index("= 8"))):
+        # across an emoji and a line break, the end behind another emoji; then a line break written
+        # \r\n; then backwards
+        for start, end in ((a.index("🎉"), a.index("ond")), (a.index("line\r"), a.index("rd: 3")),
+                           (a.index("So"), a.index("= 8"))):
             browser.drag(a, start, end)
             start, end = sorted((start, end))
             browser.says(f"characters {start} to {end} of {len(a)}:")
-            assert browser.js("return [...document.querySelectorAll('#answer .marked')].map(e => e.textContent).join('')") == a[start:end]
+            assert browser.js("return [...document.querySelectorAll('#answer .marked')].map(e => "
+                              "e.textContent).join('')") == a[start:end]
             assert lines_of(out) == []  # a mark is not yet a decision
             browser.press("enter")
             browser.decided(1)
@@ -227,7 +261,8 @@ def test_marks_by_drag_and_keys_land_exactly(browser, data, tmp_path):
             assert lines_of(out) == []
             browser.says(f"characters {start} to {end} of")  # the undone mark is there to be mended
             browser.press("escape")
-        # by keys alone: past the emoji, over the family (one step), to the line's end and over the break
+        # by keys alone: past the emoji, over the family (one step), to the line's end and over the
+        # break
         start = a.index(FAMILY)
         browser.press("control+home", f"right*{start}", "shift+right")
         browser.says(f"characters {start} to {start + 5} of")
@@ -236,7 +271,8 @@ def test_marks_by_drag_and_keys_land_exactly(browser, data, tmp_path):
         assert lines_of(out) == expect((0, [start, a.index("\n") + 3]))
         browser.press("u")
         browser.decided(0)
-        browser.press("escape", "control+end", "shift+left", "enter")  # the last character, a line break
+        # the last character, a line break
+        browser.press("escape", "control+end", "shift+left", "enter")
         browser.decided(1)
         assert lines_of(out) == expect((0, [len(a) - 1, len(a)]))
 
@@ -250,12 +286,15 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         browser.press("enter")  # nothing is marked
         browser.decided(0)
         browser.says("Nothing is marked")
-        browser.js("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'c', repeat: true, bubbles: true}))")  # a key held down too long
+        # a key held down too long
+        browser.js("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'c', repeat: "
+                   "true, bubbles: true}))")
         browser.press("s")
         browser.decided(1)
         # HTML stays text, and a NUL, a line separator and the like are still counted
         assert browser.js("return document.getElementById('answer').textContent") == ANSWERS[1]
-        assert browser.js("return document.querySelectorAll('#answer script, #answer img, #answer b, #prompt b').length") == 0
+        assert browser.js("return document.querySelectorAll('#answer script, #answer img, #answer "
+                          "b, #prompt b').length") == 0
         assert browser.js("return document.title") == "Mark the first error"
         browser.press("control+end", "shift+left*3", "c")  # refused: something is marked
         browser.decided(1)
@@ -266,7 +305,8 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         browser.decided(3)
         a = ANSWERS[3]  # several lines on the screen: down, up and ends of lines
         browser.press("down", "home", "shift+end", "shift+down", "shift+up", "shift+control+right")
-        first = browser.js("return document.getElementById('said').textContent.match(/characters (\\d+) to (\\d+)/).slice(1)")
+        first = browser.js("return document.getElementById('said').textContent.match(/characters "
+                           "(\\d+) to (\\d+)/).slice(1)")
         start, end = map(int, first)
         tops = [browser.point(a, i)[1] for i in (start - 1, start, end - 8)]
         assert tops[0] < tops[1] <= tops[2] and a[start - 1] == " "
@@ -274,7 +314,8 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         browser.decided(2)
         app.process.send_signal(signal.SIGKILL)
         browser.press("c")
-        browser.until("return document.getElementById('said').textContent.includes('does not answer')")
+        browser.until("return document.getElementById('said').textContent.includes('does not "
+                      "answer')")
     whole = [1, [len(ANSWERS[1]) - 3, len(ANSWERS[1])]]
     marked = lambda: [[ANSWERS.index(line["answer"]), line["error"]] for line in lines_of(out)]
     assert marked() == [whole]
@@ -293,12 +334,18 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
             browser.press("c")
             browser.decided(i + 1)
         assert "Every answer is decided" in browser.js("return document.body.innerText")
-        assert [(line["answer"], line["error"]) for line in lines_of(out)] == [(a, None) for a in ANSWERS]
-        half = "last \ud83d one"  # which train_judge.py refuses, for no tokenizer can read it; all else it takes, line separators too
-        whole = [line for line in out.read_text().splitlines(True) if json.loads(line)["answer"] != half]
+        assert [(line["answer"], line["error"])
+                for line in lines_of(out)] == [(a, None) for a in ANSWERS]
+        # which train_judge.py refuses, for no tokenizer can read it; all else it takes, line
+        # separators too
+        half = "last \ud83d one"
+        whole = [line for line in out.read_text().splitlines(True)
+                 if json.loads(line)["answer"] != half]
         (tmp_path / "whole.jsonl").write_text("".join(whole))
-        assert [e["answer"] for e in read_data(tmp_path / "whole.jsonl")] == [answer for answer in ANSWERS if answer != half]
-        severe = [e for e in browser.call("POST", "/se/log", {"type": "browser"}) if e["level"] == "SEVERE" and "ERR_CONNECTION" not in e["message"]]
+        assert [e["answer"] for e in read_data(tmp_path / "whole.jsonl")] == [
+            answer for answer in ANSWERS if answer != half]
+        severe = [e for e in browser.call("POST", "/se/log", {"type": "browser"}) if e["level"]
+                  == "SEVERE" and "ERR_CONNECTION" not in e["message"]]
         assert not severe  # the page breaks none of its own Content-Security-Policy
 
 
@@ -316,10 +363,12 @@ def test_clicks_and_drags_from_outside(browser, data, tmp_path):
         browser.says("Drag over")  # a click places the cursor and clears the mark
         browser.press("shift+right*2")
         browser.says("“is”")
-        x, y = browser.js("const b = document.getElementById('prompt').getBoundingClientRect(); return [b.left + 2, b.top + 5].map(Math.round)")
+        x, y = browser.js("const b = document.getElementById('prompt').getBoundingClientRect(); "
+                          "return [b.left + 2, b.top + 5].map(Math.round)")
         browser.mouse((x, y), browser.point(a, a.index("line,")))
         browser.says(f"characters 0 to {a.index('line,')} of")  # what of it lies in the answer
-        browser.mouse((x, y), (x + 60, y))  # the prompt can be selected, and copied, without harm to the mark
+        # the prompt can be selected, and copied, without harm to the mark
+        browser.mouse((x, y), (x + 60, y))
         browser.press("shift+right")
         browser.says(f"characters 0 to {a.index('line,') + 1} of")
         assert browser.js("return getSelection().toString()").startswith("Prom")
@@ -338,7 +387,8 @@ def test_the_mouse_buttons_right_to_left_and_lone_surrogates(browser, data, tmp_
             app.decide("skip")
         browser.open(app.url)
         browser.decided(4)
-        browser.press("right*5", "shift+right*7")  # keys go by the text's own order, whatever way it runs on the screen
+        # keys go by the text's own order, whatever way it runs on the screen
+        browser.press("right*5", "shift+right*7")
         browser.click("#save")
         browser.decided(5)
         browser.press("right*4", "shift+right*2")
@@ -346,7 +396,8 @@ def test_the_mouse_buttons_right_to_left_and_lone_surrogates(browser, data, tmp_
         browser.says("An error is marked")
         browser.press("enter")  # a clicked button has not kept the focus: Enter saves
         browser.decided(6)
-        assert [(line["answer"], line["error"]) for line in lines_of(out)] == [(ANSWERS[4], [5, 12]), (ANSWERS[5], [4, 6])]
+        assert [(line["answer"], line["error"])
+                for line in lines_of(out)] == [(ANSWERS[4], [5, 12]), (ANSWERS[5], [4, 6])]
         browser.click("#undo")
         browser.decided(5)
         browser.press("escape")
@@ -359,15 +410,22 @@ def test_the_mouse_buttons_right_to_left_and_lone_surrogates(browser, data, tmp_
 def test_the_doubt_is_shown_behind_each_token(browser, tmp_path):
     good = "She has 3 + 4 = 7 eggs."
     data = write(tmp_path / "answers.jsonl", [{"prompt": QUESTION, "answer": good}])
-    with App(data, tmp_path / "out.jsonl", "--target", DEMO / "target", "--judge", DEMO / "judge.safetensors") as app:
+    with App(data, tmp_path / "out.jsonl", "--target", DEMO / "target", "--judge",
+             DEMO / "judge.safetensors") as app:
         browser.open(app.url)
         browser.until("return !document.getElementById('legend').hidden")
-        shown = browser.js("return [...document.querySelectorAll('#answer span')].map(e => [e.textContent, e.style.getPropertyValue('--doubt')])")
+        shown = browser.js("return [...document.querySelectorAll('#answer span')].map(e => "
+                           "[e.textContent, e.style.getPropertyValue('--doubt')])")
         _, reply = app.post("/doubt", name=app.post("/state", name=None)[1]["name"])
         (x0, y0), (x1, y1) = browser.point(good, 4), browser.point(good, 9)
-        browser.js("late = 0; setTimeout(() => shade(state.name).then(() => late = 1), 100)")  # the doubt comes while the person drags
-        browser.pointer({"type": "pointerMove", "x": x0, "y": y0}, {"type": "pointerDown", "button": 0}, {"type": "pointerMove", "x": x0 + 15, "y": y0},
-                        {"type": "pause", "duration": 800}, {"type": "pointerMove", "x": x1, "y": y1}, {"type": "pointerUp", "button": 0})
+        # the doubt comes while the person drags
+        browser.js("late = 0; setTimeout(() => shade(state.name).then(() => late = 1), 100)")
+        browser.pointer({"type": "pointerMove", "x": x0, "y": y0},
+                        {"type": "pointerDown", "button": 0},
+                        {"type": "pointerMove", "x": x0 + 15, "y": y0},
+                        {"type": "pause", "duration": 800},
+                        {"type": "pointerMove", "x": x1, "y": y1},
+                        {"type": "pointerUp", "button": 0})
         assert browser.js("return late")
         browser.says("characters 4 to 9 of")
     assert [[good[a:b], f"{d:.3f}"] for a, b, d in reply["runs"]] == shown
@@ -382,14 +440,16 @@ def test_doubt_is_the_judges_own_score(tmp_path):
     before = doubt.tokenizer.encode(prompt)
     tokens = torch.tensor([before + ids])
     with torch.inference_mode():
-        _, hidden = doubt.target(tokens, torch.arange(tokens.shape[1]), doubt.target.new_cache(tokens.shape[1]))
+        _, hidden = doubt.target(tokens, torch.arange(tokens.shape[1]),
+                                 doubt.target.new_cache(tokens.shape[1]))
     t = doubt.head.threshold
     want = (math.log(t / (1 - t)) - doubt.head.scores(hidden[0, len(before):])).sigmoid()
     runs = doubt(prompt, answer)
     assert "".join(answer[a:b] for a, b, _ in runs) == answer
     for (a, b), w in zip(offsets, want.tolist()):
         assert max(d for x, y, d in runs if x < b and y > a) == pytest.approx(w, abs=1e-4)
-    assert max(d for a, _, d in runs if answer[a:].startswith(("9", " 9"))) > 0.5 > runs[0][2]  # this the judge rejects, that it accepts
+    # this the judge rejects, that it accepts
+    assert max(d for a, _, d in runs if answer[a:].startswith(("9", " 9"))) > 0.5 > runs[0][2]
 
 
 def test_a_character_of_several_tokens_has_the_greatest_doubt():
@@ -403,41 +463,58 @@ def test_only_this_page_may_ask(data, tmp_path):
     out = tmp_path / "out.jsonl"
     with App(data, out) as app:
         here = f"127.0.0.1:{app.port}"
-        assert app.request("GET", "/")[0] == app.request("GET", "/", Host=f"localhost:{app.port}", Sec_Fetch_Site="none")[0] == 200
+        assert app.request("GET", "/")[0] == app.request("GET", "/", Host=f"localhost:{app.port}",
+                                                         Sec_Fetch_Site="none")[0] == 200
         name = app.post("/state", name=None)[1]["name"]
-        wrong = [{"Host": f"evil.example:{app.port}"}, {"Host": "127.0.0.1"}, {"Host": f"127.0.0.1.evil.example:{app.port}"}, {"Host": ""},
-                 {"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": f"http://localhost:{app.port}"}, {"Origin": f"https://{here}"},
-                 {"Origin": f"http://127.0.0.1:{app.port + 1}"}, {"Sec_Fetch_Site": "cross-site"}, {"Sec_Fetch_Site": "same-site"}]
+        wrong = [{"Host": f"evil.example:{app.port}"}, {"Host": "127.0.0.1"},
+                 {"Host": f"127.0.0.1.evil.example:{app.port}"}, {"Host": ""},
+                 {"Origin": "http://evil.example"}, {"Origin": "null"},
+                 {"Origin": f"http://localhost:{app.port}"}, {"Origin": f"https://{here}"},
+                 {"Origin": f"http://127.0.0.1:{app.port + 1}"}, {"Sec_Fetch_Site": "cross-site"},
+                 {"Sec_Fetch_Site": "same-site"}]
         for headers in wrong:
             for path in ("/decide", "/undo", "/state", "/doubt"):
                 assert app.post(path, headers=headers, name=name, choice=None)[0] == 403, headers
             assert app.request("GET", "/", **headers)[0] == 403, headers
         for token in ("x", "é".encode().decode("latin-1"), app.token + "x"):
             assert app.post("/decide", token=token, name=name, choice=None)[0] == 403
-        assert app.request("POST", "/decide", json.dumps({"name": name, "choice": None}))[0] == 403  # no token
+        # no token
+        assert app.request("POST", "/decide", json.dumps({"name": name, "choice": None}))[0] == 403
         assert app.request("GET", "/decide")[0] == app.request("GET", "/../annotate.py")[0] == 404
-        assert app.request("OPTIONS", "/decide", Origin="http://evil.example")[0] == 501  # no preflight is answered
+        # no preflight is answered
+        assert app.request("OPTIONS", "/decide", Origin="http://evil.example")[0] == 501
         assert lines_of(out) == []
-        assert app.post("/decide", headers={"Origin": f"http://{here}", "Sec_Fetch_Site": "same-origin"}, name=name, choice=None)[0] == 200
+        assert app.post("/decide",
+                        headers={"Origin": f"http://{here}", "Sec_Fetch_Site": "same-origin"},
+                        name=name, choice=None)[0] == 200
         assert len(lines_of(out)) == 1
         html, headers = app.request("GET", "/")[1:]
         nonce = headers["Content-Security-Policy"].split("script-src 'nonce-")[1].split("'")[0]
-        assert "default-src 'none'" in headers["Content-Security-Policy"] and "unsafe" not in headers["Content-Security-Policy"]
-        assert f'<script nonce="{nonce}">' in html and nonce not in app.request("GET", "/")[1] and app.token not in html
+        assert "default-src 'none'" in headers[
+            "Content-Security-Policy"] and "unsafe" not in headers["Content-Security-Policy"]
+        assert f'<script nonce="{nonce}">' in html and nonce not in app.request("GET", "/")[
+            1] and app.token not in html
         sockets = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()]
-        assert [a for a, _, status in sockets if a.endswith(f":{app.port:04X}") and status == "0A"] == [f"0100007F:{app.port:04X}"]  # loopback only
+        # loopback only
+        assert [a for a, _, status in sockets if a.endswith(f":{app.port:04X}") and status
+                == "0A"] == [f"0100007F:{app.port:04X}"]
 
 
 def test_a_decision_that_does_not_fit_the_answer_is_refused(data, tmp_path):
     out = tmp_path / "out.jsonl"
     with App(data, out) as app:
-        for choice in ([0, 0], [3, 2], [-1, 2], [0, len(ANSWERS[0]) + 1], [0], [0.0, 1], [True, 2], "x", 0, {}, [0, 1, 2]):
+        for choice in ([0, 0], [3, 2], [-1, 2], [0, len(ANSWERS[0]) + 1], [0], [0.0, 1], [True, 2],
+                       "x", 0, {}, [0, 1, 2]):
             assert app.decide(choice, text="")[0] == 400, choice
-        assert app.decide([0, 2], text="Fir")[0] == 400 and app.decide([0, 2])[0] == 400  # the page counted otherwise
-        assert app.post("/decide", name="other", choice=None)[0] == app.post("/undo", name="other")[0] == 409  # a second window is behind
+        # the page counted otherwise
+        assert app.decide([0, 2], text="Fir")[0] == 400 and app.decide([0, 2])[0] == 400
+        # a second window is behind
+        assert app.post("/decide", name="other", choice=None)[0] == app.post("/undo", name="other")[
+            0] == 409
         for body in (None, "", "{", "[]", "{}"):
             assert app.request("POST", "/decide", body, X_Token=app.token)[0] == 400
-        assert app.request("POST", "/decide", "{}", X_Token=app.token, Content_Length="99999999999")[0] == 400
+        assert app.request("POST", "/decide", "{}", X_Token=app.token,
+                           Content_Length="99999999999")[0] == 400
         assert lines_of(out) == [] and app.decide([0, 2], text="Fi")[0] == 200
 
 
@@ -448,14 +525,16 @@ def test_a_kill_between_decisions_loses_nothing(data, tmp_path):
     want = []
     for i, choice in enumerate([None, "skip", [0, 1], "skip", [1, 3], None]):
         with App(data, out) as app:
-            status, state = app.decide(choice, text=ANSWERS[i][slice(*choice)] if isinstance(choice, list) else "")
+            status, state = app.decide(choice, text=ANSWERS[i][slice(*choice)]
+                                       if isinstance(choice, list) else "")
             app.process.send_signal(signal.SIGKILL)
             assert status == 200 and state["decided"] == i + 1
             want.append(choice)
     assert [line["error"] for line in lines_of(out)] == [c for c in want if c != "skip"]
     while want:  # and back, a run for each
         with App(data, out) as app:
-            assert app.post("/undo", name=None if len(want) == 6 else app.post("/state", name=None)[1]["name"])[0] == 200
+            assert app.post("/undo", name=None if len(want) == 6
+                            else app.post("/state", name=None)[1]["name"])[0] == 200
             app.process.send_signal(signal.SIGKILL)
         undone = want.pop()
         assert [line["error"] for line in lines_of(out)] == [c for c in want if c != "skip"]
@@ -464,17 +543,21 @@ def test_a_kill_between_decisions_loses_nothing(data, tmp_path):
 
 
 def test_a_kill_at_any_moment_keeps_what_was_answered(tmp_path):
-    data, out = write(tmp_path / "many.jsonl", [{"prompt": "p", "answer": f"{i} " * 3000} for i in range(4000)]), tmp_path / "out.jsonl"
+    data, out = write(tmp_path / "many.jsonl", [{"prompt": "p", "answer": f"{i} " * 3000}
+                                                for i in range(4000)]), tmp_path / "out.jsonl"
     rng, known = random.Random(0), 0
     for _ in range(4):
         with App(data, out) as app:
-            assert known <= int(app.first.split()[0]) <= known + 1  # one more where the kill fell between the disk and the reply
+            # one more where the kill fell between the disk and the reply
+            assert known <= int(app.first.split()[0]) <= known + 1
             _, state = app.post("/state", name=None)
-            threading.Timer(rng.uniform(0.05, 0.4), lambda: app.process.send_signal(signal.SIGKILL)).start()
+            threading.Timer(rng.uniform(0.05, 0.4),
+                            lambda: app.process.send_signal(signal.SIGKILL)).start()
             try:
                 while True:
                     known = state["decided"]
-                    _, state = app.post("/decide", name=state["name"], choice=rng.choice([None, "skip"]))
+                    _, state = app.post("/decide", name=state["name"],
+                                        choice=rng.choice([None, "skip"]))
             except (OSError, http.client.HTTPException):
                 pass
     assert known  # how many depends on the machine
@@ -510,7 +593,8 @@ def test_half_a_line_is_cut_and_only_ours(data, tmp_path):
 
 
 def test_same_answers_are_told_apart_and_skips_come_back_without_their_file(tmp_path):
-    data, out = write(tmp_path / "d.jsonl", [{"prompt": "p", "answer": "a", "n": i} for i in range(3)]), tmp_path / "o.jsonl"
+    data, out = write(tmp_path / "d.jsonl", [{"prompt": "p", "answer": "a", "n": i}
+                                             for i in range(3)]), tmp_path / "o.jsonl"
     choices(data, out, None, "skip", [0, 1])
     assert [line["n"] for line in lines_of(out)] == [0, 2]
     with closing(Annotation(data, out)) as a:
@@ -522,7 +606,8 @@ def test_same_answers_are_told_apart_and_skips_come_back_without_their_file(tmp_
 
 def test_a_full_disk_saves_nothing_and_says_so(data, tmp_path):
     limit = ("import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-             "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
+             "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300)); del sys.argv[0]; "
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
     out = tmp_path / "out.jsonl"
     with App(data, out, python=("-c", limit)) as app:
         assert app.decide(None)[0] == 200
@@ -543,18 +628,23 @@ def test_ctrl_c_stops_with_the_count(data, tmp_path):
 # ---------------------------------------------------------------- bad input
 
 def refused(*args):
-    p = subprocess.run([sys.executable, "annotate.py", "--port", "0", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert p.returncode == 2 and p.stdout == "" and p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, (p.returncode, p.stdout, p.stderr)
+    p = subprocess.run([sys.executable, "annotate.py", "--port", "0", *map(str, args)], cwd=ROOT,
+                       capture_output=True, text=True, timeout=120)
+    assert p.returncode == 2 and p.stdout == "" and p.stderr.startswith(
+        "error: ") and p.stderr.count("\n") == 1, (p.returncode, p.stdout, p.stderr)
     return p.stderr
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 3 is not JSON"), ("[1]", "line 3: 'prompt'"), ('{"prompt": "p"}', "line 3: 'answer'"), ('{"answer": "a"}', "line 3: 'prompt'"),
-    ('{"prompt": "p", "answer": ""}', "line 3: 'answer'"), ('{"prompt": "p", "answer": ["a"]}', "line 3: 'answer'"), (b"\xff", "line 3 is not JSON"),
+    ("{", "line 3 is not JSON"), ("[1]", "line 3: 'prompt'"),
+    ('{"prompt": "p"}', "line 3: 'answer'"), ('{"answer": "a"}', "line 3: 'prompt'"),
+    ('{"prompt": "p", "answer": ""}', "line 3: 'answer'"),
+    ('{"prompt": "p", "answer": ["a"]}', "line 3: 'answer'"), (b"\xff", "line 3 is not JSON"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, message):
     data = tmp_path / "d.jsonl"
-    data.write_bytes(b'{"prompt": "p", "answer": "a"}\r\n\n' + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    data.write_bytes(b'{"prompt": "p", "answer": "a"}\r\n\n'
+                     + (line if isinstance(line, bytes) else line.encode()) + b"\n")
     assert f"{data} {message}" in refused("--data", data, "--out", tmp_path / "o.jsonl")
     assert not (tmp_path / "o.jsonl").exists()
 
@@ -562,13 +652,15 @@ def test_a_bad_line_is_named(tmp_path, line, message):
 def test_bad_arguments_are_told_in_a_line(data, tmp_path):
     out, empty, other = tmp_path / "o.jsonl", tmp_path / "empty.jsonl", tmp_path / "other.jsonl"
     empty.write_text("\n")
-    write(other, [{"prompt": "Prompt 0 <b>&", "answer": ANSWERS[0], "error": None}, {"prompt": "q", "answer": "not among them", "error": None}])
+    write(other, [{"prompt": "Prompt 0 <b>&", "answer": ANSWERS[0], "error": None},
+                  {"prompt": "q", "answer": "not among them", "error": None}])
     assert "holds no answers" in refused("--data", empty, "--out", out)
     assert "cannot read" in refused("--data", tmp_path / "none.jsonl", "--out", out)
     assert "is not a directory" in refused("--data", data, "--out", tmp_path / "no" / "o.jsonl")
     assert "it is a directory" in refused("--data", data, "--out", tmp_path)
     assert "--out is --data" in refused("--data", data, "--out", data)
-    assert f"{other} line 2 is not a decision on an answer of {data}" in refused("--data", data, "--out", other)
+    assert f"{other} line 2 is not a decision on an answer of {data}" in refused(
+        "--data", data, "--out", other)
     for line in ('[1]', '{"skipped": ["x"], "after": 0}', '{"skipped": "x.1", "after": 0}'):
         Path(f"{out}.skipped").write_text(line + "\n")
         assert f"{out}.skipped line 1 is not a decision" in refused("--data", data, "--out", out)
@@ -576,8 +668,10 @@ def test_bad_arguments_are_told_in_a_line(data, tmp_path):
     assert "it is not a plain file" in refused("--data", data, "--out", "/dev/null")
     for more in (["--target", DEMO / "target"], ["--judge", DEMO / "judge.safetensors"]):
         assert "--target and --judge go together" in refused("--data", data, "--out", out, *more)
-    assert "does not exist" in refused("--data", data, "--out", out, "--target", tmp_path / "none", "--judge", DEMO / "judge.safetensors")
+    assert "does not exist" in refused("--data", data, "--out", out, "--target", tmp_path / "none",
+                                       "--judge", DEMO / "judge.safetensors")
     assert "--port" in refused("--data", data, "--out", out, "--port", "70000")
     with App(data, out) as app:
         assert "in use by another annotate.py" in refused("--data", data, "--out", out)
-        assert "choose another" in refused("--data", data, "--out", tmp_path / "p.jsonl", "--port", app.port)
+        assert "choose another" in refused("--data", data, "--out", tmp_path / "p.jsonl", "--port",
+                                           app.port)

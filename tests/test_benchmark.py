@@ -1,4 +1,6 @@
-"""benchmark.py: what it reports, forced acceptance, refusals before anything is allocated, Hugging Face beside ours."""
+"""benchmark.py: what it reports, forced acceptance, refusals before anything is allocated, Hugging
+Face beside ours.
+"""
 import importlib.util
 import json
 import random
@@ -22,13 +24,17 @@ from judge import Judge
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
 CONFIG = tiny_config(max_position_embeddings=512)
-SMALL = tiny_config(max_position_embeddings=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-REAL = ["--target", str(DEMO / "target"), "--draft", str(DEMO / "draft"), "--prompts", str(DEMO / "problems.jsonl")]
+SMALL = tiny_config(max_position_embeddings=512, hidden_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+REAL = ["--target", str(DEMO / "target"), "--draft", str(DEMO / "draft"), "--prompts",
+        str(DEMO / "problems.jsonl")]
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Models this small gain nothing from more, and beside other work they would wait for each other."""
+    """Models this small gain nothing from more, and beside other work they would wait for each
+    other.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -40,35 +46,46 @@ def dummy(tmp_path):
     """Flags for two small dummy models."""
     for name, config in (("target", CONFIG), ("draft", SMALL)):
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    return ["--target", str(tmp_path / "target.json"), "--draft", str(tmp_path / "draft.json"), "--no_compile", "--device", "cpu"]
+    return ["--target", str(tmp_path / "target.json"), "--draft", str(tmp_path / "draft.json"),
+            "--no_compile", "--device", "cpu"]
 
 
 def test_dummy_weights_give_tables_json_and_a_plot(dummy, tmp_path, capsys):
     out, png = tmp_path / "out.json", tmp_path / "out.png"
-    B.main([*dummy, "--repeats", "2", "--max_new_tokens", "24", "--speculate_k", "2,6", "--accepted", "1,3,6", "--json", str(out), "--plot", str(png)])
+    B.main([*dummy, "--repeats", "2", "--max_new_tokens", "24", "--speculate_k", "2,6",
+            "--accepted", "1,3,6", "--json", str(out), "--plot", str(png)])
     r, text = json.loads(out.read_text()), capsys.readouterr().out
-    assert r["target"]["weights"] == r["draft"]["weights"] == "dummy" and r["real"] is None and "real acceptance" not in text
-    assert r["target"]["bytes"] == 4 * r["target"]["parameters"] and r["draft"]["parameters"] < r["target"]["parameters"]
+    assert r["target"]["weights"] == r["draft"]["weights"] == "dummy" and r[
+        "real"] is None and "real acceptance" not in text
+    assert r["target"]["bytes"] == 4 * r["target"]["parameters"] and r["draft"]["parameters"] < r[
+        "target"]["parameters"]
     assert 0 < r["bandwidth_gb_per_sec"] < 5000
     passes = r["passes"]
     assert [v["rows"] for v in passes["verify"]] == [1, 2, 4, 7, 8, 16, 32, 64]
     for e in [*passes["verify"], *passes["decode"].values()]:
         assert e["ms"] > 0 and 0 < e["fraction_of_bandwidth"] < 10
-        assert e["fraction_of_bandwidth"] == pytest.approx(e["bytes"] / (e["ms"] / 1e3) / (r["bandwidth_gb_per_sec"] * 1e9))
-    assert passes["decode"]["target"] == {k: v for k, v in passes["verify"][0].items() if k != "rows"}
-    assert [d["speculate_k"] for d in passes["draft"]] == [2, 6] and all(d["ms_per_token"] > 0 for d in passes["draft"])
-    assert passes["judge"]["rows"] == 7 and {"ms_with", "ms_without", "ms_cost"} < passes["judge"].keys()
+        assert e["fraction_of_bandwidth"] == pytest.approx(e["bytes"] / (e["ms"] / 1e3)
+                                                           / (r["bandwidth_gb_per_sec"] * 1e9))
+    assert passes["decode"]["target"] == {k: v for k, v in passes["verify"][0].items()
+                                          if k != "rows"}
+    assert [d["speculate_k"] for d in passes["draft"]] == [2, 6] and all(d["ms_per_token"] > 0
+                                                                         for d in passes["draft"])
+    assert passes["judge"]["rows"] == 7 and {"ms_with", "ms_without",
+                                             "ms_cost"} < passes["judge"].keys()
 
     s = r["simulated"]
-    assert s["label"] == "simulated acceptance" and len(s["points"]) == 6 and s["target_tokens_per_sec"] > 0
+    assert s["label"] == "simulated acceptance" and len(s["points"]) == 6 and s[
+        "target_tokens_per_sec"] > 0
     for p in s["points"]:
         assert p["tokens"] == pytest.approx(p["rounds"] * (p["mean_accepted"] + 1))
-        assert p["tokens_per_sec"] == pytest.approx(p["tokens"] / (p["rounds"] * p["round_ms"] / 1e3))
+        assert p["tokens_per_sec"] == pytest.approx(p["tokens"]
+                                                    / (p["rounds"] * p["round_ms"] / 1e3))
         assert p["speed_up"] == pytest.approx(p["tokens_per_sec"] / s["target_tokens_per_sec"])
         assert p["mean_accepted"] == pytest.approx(B.mean_run(p["rate"], p["speculate_k"]), abs=0.5)
     assert s["points"][-1]["mean_accepted"] == 6  # all of K
     for best in s["best"]:
-        assert best["tokens_per_sec"] == max(p["tokens_per_sec"] for p in s["points"] if p["rate"] == best["rate"])
+        assert best["tokens_per_sec"] == max(p["tokens_per_sec"] for p in s["points"] if p["rate"]
+                                             == best["rate"])
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 10_000
     assert all("simulated acceptance" in line for line in text.splitlines() if "tokens/s" in line)
     assert "target, verify 64 rows" in text and "judge, in a pass of 7 rows" in text and "read bandwidth" in text
@@ -82,33 +99,41 @@ def test_rates_and_runs():
         assert B.rate_for(B.mean_run(rate, k), k) == pytest.approx(rate)
         drawn = B.draw_runs(rate, k, 2_000)
         assert mean(drawn) == pytest.approx(B.mean_run(rate, k), rel=0.01)
-        assert drawn.count(k) / 2_000 == pytest.approx(runs.count(k) / 20_000, abs=0.02)  # the distribution, not only its mean
-    assert B.rate_for(19.7, 32) == pytest.approx(0.9685, abs=1e-3) and B.draw_runs(1.0, 5, 3) == [5, 5, 5]
+        # the distribution, not only its mean
+        assert drawn.count(k) / 2_000 == pytest.approx(runs.count(k) / 20_000, abs=0.02)
+    assert B.rate_for(19.7, 32) == pytest.approx(0.9685, abs=1e-3) and B.draw_runs(1.0, 5, 3) == [
+        5, 5, 5]
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k):
     target, draft = random_model(CONFIG, seed=1), random_model(SMALL, seed=2)
     caches = {m: m.new_cache(256) for m in (target, draft)}
-    engine = B.Simulated(caches, target, draft, Judge(torch.randn(1, 64), torch.zeros(1), 0.5, ""), speculate_k=k)
+    engine = B.Simulated(caches, target, draft, Judge(torch.randn(1, 64), torch.zeros(1), 0.5, ""),
+                         speculate_k=k)
     counts = [0, k, 1, k, 0, 0, k - 1, k]
     prompt = list(range(3, 23))
     assert B.play(engine, prompt, counts) > 0
     assert len(engine.tokens) == len(prompt) + 1 + sum(counts) + len(counts)
-    assert engine.state.tolist() == [*engine.tokens[-2:], len(engine.tokens), -1]  # and not one token more was left to keep
+    # and not one token more was left to keep
+    assert engine.state.tolist() == [*engine.tokens[-2:], len(engine.tokens), -1]
     with torch.inference_mode():
         for model, length in ((target, engine.target_len), (draft, engine.draft_len)):
             fresh = model.new_cache(length)
             model(torch.tensor([engine.tokens[:length]]), torch.arange(length), fresh)
-            torch.testing.assert_close(caches[model].first(length).kv, fresh.kv, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(caches[model].first(length).kv, fresh.kv, atol=1e-5,
+                                       rtol=1e-4)
 
 
-@pytest.mark.parametrize("name, parameters", [("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496),
+@pytest.mark.parametrize("name, parameters",
+                         [("llama-3.2-1b", 1_235_814_400), ("llama-3.1-8b", 8_030_261_248),
+                          ("llama-3.1-70b", 70_553_706_496),
                                               ("llama-3.1-405b", 405_853_388_800)])
 def test_presets_have_the_published_sizes(name, parameters):
     m = B.describe(B.find(name, None, "target"), torch.bfloat16)
     assert m["parameters"] == parameters and m["bytes"] == 2 * parameters
-    assert m["bytes_read"] == m["bytes"] - (0 if "3.2" in name else 2 * 128256 * B.PRESETS[name]["hidden_size"])
+    assert m["bytes_read"] == m["bytes"] - (0 if "3.2" in name else 2 * 128256
+                                            * B.PRESETS[name]["hidden_size"])
 
 
 def test_what_is_built_has_the_size_that_was_counted():
@@ -122,15 +147,19 @@ def test_what_is_built_has_the_size_that_was_counted():
 def test_too_large_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(B, "build", lambda *a: pytest.fail("it was built"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"does not fit: target 811\.7 GB, draft 2\.5 GB and caches .* cpu has .* GB free; take smaller"):
-        B.main(["--target", "llama-3.1-405b", "--draft", "llama-3.2-1b", "--device", "cpu", "--dtype", "bfloat16"])
+    with pytest.raises(UserError, match=r"does not fit: target 811\.7 GB, draft 2\.5 GB and "
+                       r"caches .* cpu has .* GB free; take smaller"):
+        B.main(["--target", "llama-3.1-405b", "--draft", "llama-3.2-1b", "--device", "cpu",
+                "--dtype", "bfloat16"])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
 @pytest.mark.parametrize("target, draft", [
     (CONFIG, SMALL),
     (tiny_config(architectures=["Qwen2ForCausalLM"], max_position_embeddings=512), CONFIG),
-    (CONFIG | dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)), CONFIG),
+    (CONFIG | dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
+                                     high_freq_factor=4.0, original_max_position_embeddings=32)),
+     CONFIG),
 ], ids=["tied draft", "biases", "scaled rope"])
 def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
     models = []
@@ -138,18 +167,24 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
         save_checkpoint(tmp_path / str(i), random_model(config, seed=i), config)
         models.append(B.build(B.find(str(tmp_path / str(i)), None, "target"), "cpu", torch.float32))
     theirs = hf_peer.to_hf(models[0], target)
-    assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == models[0].layers[1].ffn.w13.weight[96:].data_ptr()  # shared, not copied
-    args = SimpleNamespace(speculate_k=[1, 5], max_new_tokens=24, device="cpu", compile=False, peer="hf", target=SimpleNamespace(config=target),
+    # shared, not copied
+    assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == models[0].layers[
+        1].ffn.w13.weight[96:].data_ptr()
+    args = SimpleNamespace(speculate_k=[1, 5], max_new_tokens=24, device="cpu", compile=False,
+                           peer="hf", target=SimpleNamespace(config=target),
                            draft=SimpleNamespace(config=draft))
     prompts = [list(range(3, 20)), list(range(40, 50))]
     yes = Judge(torch.zeros(1, 64), torch.tensor([9.0]), 0.5, "")
     r = {v["variant"]: v for v in B.measure_real(args, *models, yes, prompts, ())["variants"]}
-    assert list(r) == ["target", "standard K=1", "judge K=1", "standard K=5", "judge K=5", "hf target", "hf assisted K=1", "hf assisted K=5"]
+    assert list(r) == ["target", "standard K=1", "judge K=1", "standard K=5", "judge K=5",
+                       "hf target", "hf assisted K=1", "hf assisted K=5"]
     want = [generate(Engine(models[0]), p, 24).tokens for p in prompts]
     for name, v in r.items():
-        assert v["tokens_per_sec"] > 0 and v["speed_up"] > 0 and [len(t) for t in v["tokens"]] == [24, 24]
+        assert v["tokens_per_sec"] > 0 and v["speed_up"] > 0 and [len(t) for t in v["tokens"]] == [
+            24, 24]
         assert "judge" in name or (v["tokens"] == want and v["same_tokens_as_target"] == 2), name
-    assert r["target"]["speed_up"] == 1 and r["target"]["mean_accepted"] is None and r["judge K=5"]["mean_accepted"] > 4
+    assert r["target"]["speed_up"] == 1 and r["target"]["mean_accepted"] is None and r["judge K=5"][
+        "mean_accepted"] > 4
     end = want[0][10]
     short = [w[:w.index(end) + 1] if end in w else w for w in want]
     for v in B.measure_real(args, *models, yes, prompts, (end,))["variants"]:
@@ -159,20 +194,25 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
 def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
     built, build = [], B.build
     monkeypatch.setattr(B, "build", lambda *args: built.append(build(*args)) or built[-1])
-    r = B.main([*REAL, "--judge", str(DEMO / "judge.safetensors"), "--peer", "hf", "--no_compile", "--repeats", "1", "--max_new_tokens", "12",
-                "--speculate_k", "3", "--accepted", "2", "--device", "cpu", "--dtype", "float32", "--draft_dtype", "bfloat16"])
-    assert (r["target"]["dtype"], r["draft"]["dtype"]) == ("float32", "bfloat16") and [m.norm.weight.dtype for m in built] == [torch.float32, torch.bfloat16]
+    r = B.main([*REAL, "--judge", str(DEMO / "judge.safetensors"), "--peer", "hf", "--no_compile",
+                "--repeats", "1", "--max_new_tokens", "12",
+                "--speculate_k", "3", "--accepted", "2", "--device", "cpu", "--dtype", "float32",
+                "--draft_dtype", "bfloat16"])
+    assert (r["target"]["dtype"], r["draft"]["dtype"]) == ("float32", "bfloat16") and [
+        m.norm.weight.dtype for m in built] == [torch.float32, torch.bfloat16]
     assert r["draft"]["bytes"] == 2 * r["draft"]["parameters"]
     variants = {v["variant"]: v for v in r["real"]["variants"]}
     assert list(variants) == ["target", "standard K=3", "judge K=3", "hf target", "hf assisted K=3"]
-    assert all(v["same_tokens_as_target"] == 1 for name, v in variants.items() if "judge" not in name)
+    assert all(v["same_tokens_as_target"] == 1 for name, v in variants.items()
+               if "judge" not in name)
     assert r["target"]["weights"] == "real"
     text = capsys.readouterr().out
     assert "real acceptance, 1 prompts" in text and "simulated acceptance" in text
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--target", "llama-9"], r"--target llama-9 is no preset \(llama-3.2-1b, .*no checkpoint directory and no config.json"),
+    (["--target", "llama-9"], r"--target llama-9 is no preset \(llama-3.2-1b, .*no checkpoint "
+     r"directory and no config.json"),
     (["--draft", "llama-3.2-1b"], "vocabulary of 128256 tokens, target .* one of 101"),
     (["--speculate_k", "4,x"], "--speculate_k 4,x: give numbers"),
     (["--speculate_k", "0,4"], "--speculate_k 0"),
@@ -183,9 +223,11 @@ def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
     (["--prompts", str(DEMO / "problems.jsonl")], "--prompts needs checkpoint directories"),
     (["--judge", str(DEMO / "judge.safetensors")], "--judge is used with --prompts"),
     (["--json", "/nowhere/x.json"], "cannot write /nowhere/x.json"),
-    ([*REAL, "--target_quant", "int8"], "--target_quant is for dummy weights; quantize .* with quantize.py"),
+    ([*REAL, "--target_quant", "int8"], "--target_quant is for dummy weights; quantize .* with "
+     "quantize.py"),
     ([*REAL[:4], "--peer", "hf"], "--peer hf needs --prompts"),
-    ([*REAL, "--prompts", str(ROOT / "README.md")], 'README.md, line 1: no JSON object with a "prompt"'),
+    ([*REAL, "--prompts", str(ROOT / "README.md")], 'README.md, line 1: no JSON object with a '
+     '"prompt"'),
     ([*REAL, "--prompts", "missing.jsonl"], "cannot read missing.jsonl"),
 ])
 def test_bad_input_is_one_clear_line(dummy, monkeypatch, flags, message):
@@ -195,7 +237,8 @@ def test_bad_input_is_one_clear_line(dummy, monkeypatch, flags, message):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("module, flags", [("matplotlib", ["--plot", "x.png"]), ("transformers", [*REAL, "--peer", "hf"])])
+@pytest.mark.parametrize("module, flags", [("matplotlib", ["--plot", "x.png"]),
+                                           ("transformers", [*REAL, "--peer", "hf"])])
 def test_a_missing_optional_package_is_named_at_once(dummy, monkeypatch, module, flags):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"needs {module}; pip install {module}"):
@@ -203,5 +246,7 @@ def test_a_missing_optional_package_is_named_at_once(dummy, monkeypatch, module,
 
 
 def test_exit_code_and_line():
-    done = subprocess.run([sys.executable, ROOT / "benchmark.py", "--target", "llama-9", "--draft", "llama-3.2-1b"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --target llama-9 is no preset") and done.stderr.count("\n") == 1 and not done.stdout
+    done = subprocess.run([sys.executable, ROOT / "benchmark.py", "--target", "llama-9", "--draft",
+                           "llama-3.2-1b"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: --target llama-9 is no preset") and done.stderr.count("\n") == 1 and not done.stdout

@@ -1,4 +1,6 @@
-"""eval.py and report.py: resuming after a kill anywhere, what is refused, the statistics by hand, replay against real rounds."""
+"""eval.py and report.py: resuming after a kill anywhere, what is refused, the statistics by hand,
+replay against real rounds.
+"""
 import json
 import os
 import shutil
@@ -34,7 +36,8 @@ def pair(tmp_path_factory):
     """Flags of a task of six problems and of two tiny random models with a judge."""
     home = tmp_path_factory.mktemp("pair")
     lines = (DEMO / "problems.jsonl").read_text().splitlines()
-    (home / "problems.jsonl").write_text("\n".join(lines[i] for i in (0, 1, 300, 301, 600, 601)) + "\n")
+    (home / "problems.jsonl").write_text("\n".join(lines[i] for i in (0, 1, 300, 301, 600, 601))
+                                         + "\n")
     config = tiny_config(vocab_size=1024, max_position_embeddings=512)
     for name, noise in (("target", 0.0), ("draft", 0.03)):  # a draft that agrees now and then
         model = random_model(config, seed=1)
@@ -43,18 +46,25 @@ def pair(tmp_path_factory):
         save_checkpoint(home / name, model, config)
         shutil.copy(DEMO / "target" / "tokenizer.model", home / name)
     torch.manual_seed(0)
-    Judge(torch.randn(1, 64) / 8, torch.zeros(1), 0.5, fingerprint(home / "target")).save(home / "judge.safetensors")
-    models = ["--target", str(home / "target"), "--draft", str(home / "draft"), "--judge", str(home / "judge.safetensors"), "--speculate_k", "5"]
-    return SimpleNamespace(home=home, models=models, task=["--task", "demo", "--data", str(home / "problems.jsonl")])
+    Judge(torch.randn(1, 64) / 8, torch.zeros(1), 0.5,
+          fingerprint(home / "target")).save(home / "judge.safetensors")
+    models = ["--target", str(home / "target"), "--draft", str(home / "draft"), "--judge",
+              str(home / "judge.safetensors"), "--speculate_k", "5"]
+    return SimpleNamespace(home=home, models=models,
+                           task=["--task", "demo", "--data", str(home / "problems.jsonl")])
 
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """Random models neither end by themselves nor are they ever right: another length and another judgement."""
+    """Random models neither end by themselves nor are they ever right: another length and another
+    judgement.
+    """
     task = E.TASKS["demo"]
     before = task.max_new_tokens, task.score
     task.max_new_tokens = 24
-    task.score = lambda self, example, text: SimpleNamespace(right=text.count("e") % 2 == 0, how="exact" if "a" in text else "fallback")
+    task.score = lambda self, example, text: SimpleNamespace(right=text.count("e") % 2 == 0,
+                                                             how="exact" if "a" in text
+                                                             else "fallback")
     yield
     task.max_new_tokens, task.score = before
 
@@ -87,19 +97,27 @@ def copy(whole, out, size=None):
 def test_a_run_answers_everything_and_reports_it(pair, whole):
     got, rules = answers(whole), RULES.split(",")
     assert len(got) == 6 * len(rules) and {rule for rule, _ in got} == set(rules)
-    order = [(a["rule"], a["id"]) for a in map(json.loads, (whole / "answers.jsonl").read_text().splitlines())]
-    assert [rule for rule, _ in order] == rules * 6 and all(len({i for _, i in order[n:n + 6]}) == 1 for n in range(0, 36, 6))  # interleaved
+    order = [(a["rule"], a["id"])
+             for a in map(json.loads, (whole / "answers.jsonl").read_text().splitlines())]
+    # interleaved
+    assert [rule for rule, _ in order] == rules * 6 and all(len({i for _, i in order[n:n + 6]}) == 1
+                                                            for n in range(0, 36, 6))
     tokenizer = Tokenizer.from_dir(pair.home / "target")
     target, draft = (G.load(pair.home / name, dtype=torch.float32) for name in ("target", "draft"))
     example = E.TASKS["demo"](allow_code_execution=False).load(pair.home / "problems.jsonl")[3]
     prompt = tokenizer.encode(E.TASKS["demo"](allow_code_execution=False).prompt(example))
-    for rule, engine in (("target", Engine(target)), ("draft", Engine(draft)), ("topk:2", Engine(target, draft, None, "topk", 2, 5))):
+    for rule, engine in (("target", Engine(target)), ("draft", Engine(draft)),
+                         ("topk:2", Engine(target, draft, None, "topk", 2, 5))):
         r, a = generate(engine, prompt, 24, tokenizer.eos_ids), got[rule, example["id"]]
-        assert a["tokens"] == r.tokens and a["rounds"] == r.rounds and a["accepted"] == sum(i * c for i, c in enumerate(r.accept_counts))
-        assert a["text"] == tokenizer.decode_new(prompt, r.tokens) and a["domain"] == example["domain"]
+        assert a["tokens"] == r.tokens and a["rounds"] == r.rounds and a["accepted"] == sum(
+            i * c for i, c in enumerate(r.accept_counts))
+        assert a["text"] == tokenizer.decode_new(prompt, r.tokens) and a["domain"] == example[
+            "domain"]
     r = json.loads((whole / "results.json").read_text())
-    assert list(r["rules"]) == rules and len(r["domains"]) == 3 and all(m["n"] == 6 for m in r["rules"].values())
-    assert r["standard_equals_target"] == {"same": 6, "of": 6, "different": []} and r["rules"]["target"]["speed_up"] == 1
+    assert list(r["rules"]) == rules and len(r["domains"]) == 3 and all(
+        m["n"] == 6 for m in r["rules"].values())
+    assert r["standard_equals_target"] == {"same": 6, "of": 6, "different": []} and r["rules"][
+        "target"]["speed_up"] == 1
     text = (whole / "results.md").read_text()
     assert "standard equals the target token for token on 6 of 6 problems (float32)" in text and "| topk:2" in text
     assert (whole / "accuracy.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -111,14 +129,17 @@ def test_resumes_wherever_the_file_was_cut(pair, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "plot", lambda r, path: None)  # it and a busy disk take the longest
     monkeypatch.setattr(os, "fsync", lambda file: None)
     end = data.rindex(b"\n", 0, -1)  # of the last line but one
-    for i, size in enumerate((0, 1, len(data) // 2, end, end + 1, end + 40, len(data) - 1, len(data))):
+    for i, size in enumerate((0, 1, len(data) // 2, end, end + 1, end + 40, len(data) - 1,
+                              len(data))):
         out = tmp_path / str(i)
         copy(whole, out, size)
         made, add = [], E.Log.add
         with monkeypatch.context() as m:
             m.setattr(E.Log, "add", lambda log, answer: (made.append(answer), add(log, answer)))
-            E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(out), "--device", "cpu"])
-        assert answers(out) == want and (out / "answers.jsonl").read_bytes().startswith(data[:data[:size].rfind(b"\n") + 1])
+            E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(out), "--device",
+                    "cpu"])
+        assert answers(out) == want and (out / "answers.jsonl").read_bytes().startswith(
+            data[:data[:size].rfind(b"\n") + 1])
         assert len(made) == 36 - data[:size].count(b"\n")
 
 
@@ -127,7 +148,8 @@ def test_survives_a_real_kill(pair, tmp_path):
     flags = [*pair.task, *pair.models, "--rules", "target,standard", "--device", "cpu"]
     script = f"import sys, torch; torch.set_num_threads(1); import eval; eval.TASKS['demo'].max_new_tokens = 60; eval.main({flags!r} + ['--out', sys.argv[1]])"
     command = [sys.executable, "-c", script]
-    process = subprocess.Popen([*command, outs[0]], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, outs[0]], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     path = outs[0] / "answers.jsonl"
     while not path.exists() or path.read_bytes().count(b"\n") < 2:
         assert process.poll() is None
@@ -142,7 +164,8 @@ def test_survives_a_real_kill(pair, tmp_path):
             E.main([*flags, "--out", str(out)])
     finally:
         E.TASKS["demo"].max_new_tokens = 24
-    killed, whole = (answers(out, ("seconds", "right", "how")) for out in outs)  # the other process scores as the task does
+    # the other process scores as the task does
+    killed, whole = (answers(out, ("seconds", "right", "how")) for out in outs)
     assert killed == whole and path.read_bytes().startswith(kept[:kept.rfind(b"\n") + 1])
 
 
@@ -155,23 +178,29 @@ def test_processes_make_the_same_answers_and_pass_on_errors(pair, tmp_path):
     r = json.loads((tmp_path / "two" / "results.json").read_text())
     assert r["standard_equals_target"]["same"] == 3 and list(r["rules"]) == ["standard", "target"]
     with pytest.raises(UserError, match="judge .* is for a target of width"):
-        E.main([*flags, *pair.models[:4], "--judge", str(DEMO / "judge.safetensors"), "--rules", "judge", "--out", str(tmp_path / "none")])
+        E.main([*flags, *pair.models[:4], "--judge", str(DEMO / "judge.safetensors"), "--rules",
+                "judge", "--out", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
 
 
 def test_more_of_the_same_is_welcome_and_other_settings_are_not(pair, whole, tmp_path):
     out = tmp_path / "out"
-    run = lambda *flags: E.main([*pair.task, *pair.models, "--device", "cpu", "--out", str(out), *flags])
+    run = lambda *flags: E.main([*pair.task, *pair.models, "--device", "cpu", "--out", str(out),
+                                 *flags])
     run("--rules", "target", "--limit", "1")
     assert len(answers(out)) == 3
     run("--rules", "topk:2.0", "--limit", "2")
     run("--rules", "target")
-    assert answers(out) == {key: a for key, a in answers(whole).items() if key[0] in ("target", "topk:2")}
+    assert answers(out) == {key: a for key, a in answers(whole).items()
+                            if key[0] in ("target", "topk:2")}
     assert list(json.loads((out / "results.json").read_text())["rules"]) == ["target", "topk:2"]
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    (tmp_path / "other.jsonl").write_text("".join((pair.home / "problems.jsonl").read_text().splitlines(keepends=True)[:5]))
-    for flags, message in ((["--speculate_k", "4"], "speculate_k was 5, now 4"), (["--dtype", "bfloat16"], "dtype was float32, now bfloat16"),
-                           (["--data", str(tmp_path / "other.jsonl")], "data was "), (["--target", pair.models[3]], "target was "),
+    (tmp_path / "other.jsonl").write_text(
+        "".join((pair.home / "problems.jsonl").read_text().splitlines(keepends=True)[:5]))
+    for flags, message in ((["--speculate_k", "4"], "speculate_k was 5, now 4"),
+                           (["--dtype", "bfloat16"], "dtype was float32, now bfloat16"),
+                           (["--data", str(tmp_path / "other.jsonl")], "data was "),
+                           (["--target", pair.models[3]], "target was "),
                            (["--processes", "2"], "processes was 1, now 2")):
         with pytest.raises(UserError, match=message):
             run("--rules", "target", *flags)
@@ -184,7 +213,8 @@ def test_more_of_the_same_is_welcome_and_other_settings_are_not(pair, whole, tmp
 def test_rescore_gives_the_same_without_a_model(pair, whole, tmp_path, monkeypatch, capsys):
     copy(whole, tmp_path / "out")
     monkeypatch.setattr(G, "load_engine", lambda *a: pytest.fail("a model was loaded"))
-    wrong = [json.loads(line) | {"right": True, "how": "?"} for line in (whole / "answers.jsonl").read_text().splitlines()]
+    wrong = [json.loads(line) | {"right": True, "how": "?"}
+             for line in (whole / "answers.jsonl").read_text().splitlines()]
     (tmp_path / "out" / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in wrong))
     for name in ("results.json", "results.md"):
         (tmp_path / "out" / name).unlink()
@@ -193,7 +223,8 @@ def test_rescore_gives_the_same_without_a_model(pair, whole, tmp_path, monkeypat
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
     assert capsys.readouterr().out == (whole / "results.md").read_text()
     with pytest.raises(UserError, match="data was .*, now"):
-        E.main([*pair.task[:3], str(DEMO / "problems.jsonl"), "--out", str(tmp_path / "out"), "--rescore"])
+        E.main([*pair.task[:3], str(DEMO / "problems.jsonl"), "--out", str(tmp_path / "out"),
+                "--rescore"])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -204,7 +235,8 @@ def test_standard_that_is_not_the_target_is_loud_in_float32(pair, whole, tmp_pat
     changed = next(a for a in lines if a["rule"] == "standard")
     changed["tokens"][-1] += 1
     (out / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in lines))
-    (out / "settings.json").write_text(json.dumps(json.loads((out / "settings.json").read_text()) | {"dtype": dtype}))
+    (out / "settings.json").write_text(json.dumps(json.loads((out / "settings.json").read_text())
+                                                  | {"dtype": dtype}))
     line = rf"standard equals the target token for token on 5 of 6 problems ({dtype}); it differs on {changed['id']}"
     if dtype == "float32":
         with pytest.raises(SystemExit) as e:
@@ -213,13 +245,15 @@ def test_standard_that_is_not_the_target_is_loud_in_float32(pair, whole, tmp_pat
     else:
         E.main([*pair.task, "--out", str(out), "--rescore"])
     shown = capsys.readouterr()
-    assert line in shown.out and line in (out / "results.md").read_text() and (f"error: {line}" in shown.err) == (dtype == "float32")
+    assert line in shown.out and line in (out / "results.md").read_text() and (
+        f"error: {line}" in shown.err) == (dtype == "float32")
 
 
 # ---------------------------------------------------------------- stop strings
 
 def test_a_stop_string_ends_every_rule_at_the_same_token(pair, tmp_path, monkeypatch):
-    flags = [*pair.task, *pair.models, "--rules", "target,standard,judge", "--device", "cpu", "--limit", "1", "--out"]
+    flags = [*pair.task, *pair.models, "--rules", "target,standard,judge", "--device", "cpu",
+             "--limit", "1", "--out"]
     E.main([*flags, str(tmp_path / "free")])
     free = answers(tmp_path / "free")
     (_, i), a = next((key, a) for key, a in free.items() if key[0] == "target")
@@ -235,7 +269,8 @@ def test_a_stop_string_ends_every_rule_at_the_same_token(pair, tmp_path, monkeyp
     b = cut["judge", i]
     assert b["rounds"] <= len(b["tokens"]) - 1 <= b["rounds"] + b["accepted"]
     tokenizer, tokens = Tokenizer.from_dir(pair.home / "target"), cut["target", i]["tokens"]
-    assert stop in tokenizer.decode_new([5], tokens) and stop not in tokenizer.decode_new([5], tokens[:-1])
+    assert stop in tokenizer.decode_new([5], tokens) and stop not in tokenizer.decode_new(
+        [5], tokens[:-1])
 
 
 # ---------------------------------------------------------------- statistics
@@ -243,10 +278,13 @@ def test_a_stop_string_ends_every_rule_at_the_same_token(pair, tmp_path, monkeyp
 def test_intervals_and_p_values_by_hand():
     # Wilson, z = 1.96: 8 of 10 -> (0.8 + 0.192 ± 1.96 sqrt(0.016 + 0.0096)) / 1.384
     assert report.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert report.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and report.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert report.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4) and report.wilson(
+        10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
     # McNemar: 1 of 6 -> 2 (1 + 6) / 64; 2 of 10 -> 2 (1 + 10 + 45) / 1024
-    assert report.mcnemar(1, 5) == report.mcnemar(5, 1) == pytest.approx(14 / 64) and report.mcnemar(8, 2) == pytest.approx(112 / 1024)
-    assert report.mcnemar(0, 0) == 1 == report.mcnemar(3, 3) and report.mcnemar(0, 5) == pytest.approx(1 / 16)
+    assert report.mcnemar(1, 5) == report.mcnemar(5, 1) == pytest.approx(
+        14 / 64) and report.mcnemar(8, 2) == pytest.approx(112 / 1024)
+    assert report.mcnemar(0, 0) == 1 == report.mcnemar(3, 3) and report.mcnemar(
+        0, 5) == pytest.approx(1 / 16)
     assert 0 < report.mcnemar(400, 600) < 1e-8
 
 
@@ -257,20 +295,28 @@ def made_up(rule, rows):
 
 
 def test_the_numbers_of_a_table_by_hand():
-    settings = dict(task="demo", rules=["target", "standard", "judge:0.5"], target_name="big", draft_name="small", chat=False, compile=False, speculate_k=8,
+    settings = dict(task="demo", rules=["target", "standard", "judge:0.5"], target_name="big",
+                    draft_name="small", chat=False, compile=False, speculate_k=8,
                     dtype="float32", device="cpu", processes=1)
-    saved = made_up("target", [("a", "x", True, "exact", [1] * 11, 1.0, 10, 0), ("b", "y", False, "last number", [2] * 21, 2.0, 20, 0),
+    saved = made_up("target", [("a", "x", True, "exact", [1] * 11, 1.0, 10, 0),
+                               ("b", "y", False, "last number", [2] * 21, 2.0, 20, 0),
                                ("c", "y", True, "exact", [3] * 11, 1.0, 10, 0)])
-    saved |= made_up("judge:0.5", [("a", "x", False, "last number", [1] * 13, 0.4, 2, 10), ("b", "y", True, "exact", [2] * 9, 0.1, 1, 7)])
+    saved |= made_up("judge:0.5", [("a", "x", False, "last number", [1] * 13, 0.4, 2, 10),
+                                   ("b", "y", True, "exact", [2] * 9, 0.1, 1, 7)])
     r = report.summarise(saved, settings)
     j = r["rules"]["judge:0.5"]
-    assert list(r["rules"]) == ["target", "judge:0.5"] and r["standard_equals_target"] is None and list(r["domains"]) == ["x", "y"]
-    assert (j["n"], j["right"], j["accuracy"], j["mean_accepted"], j["tokens_per_round"]) == (2, 1, 0.5, 17 / 3, 20 / 3)
+    assert list(r["rules"]) == ["target",
+                                "judge:0.5"] and r["standard_equals_target"] is None and list(
+                                    r["domains"]) == ["x", "y"]
+    assert (j["n"], j["right"], j["accuracy"], j["mean_accepted"],
+            j["tokens_per_round"]) == (2, 1, 0.5, 17 / 3, 20 / 3)
     assert j["tokens_per_sec"] == pytest.approx(40) and j["speed_up"] == pytest.approx(40 / 10)
     assert j["against_target"] == {"n": 2, "won": 1, "lost": 1, "p": 1.0}
-    assert r["domains"]["y"]["judge:0.5"]["against_target"] == {"n": 1, "won": 1, "lost": 0, "p": 1.0}
+    assert r["domains"]["y"]["judge:0.5"]["against_target"] == {"n": 1, "won": 1, "lost": 0,
+                                                                "p": 1.0}
     assert j["how"] == {"last number": {"n": 1, "right": 0}, "exact": {"n": 1, "right": 1}}
-    assert r["rules"]["target"]["mean_accepted"] is None and r["rules"]["target"]["against_target"] is None
+    assert r["rules"]["target"]["mean_accepted"] is None and r["rules"]["target"][
+        "against_target"] is None
     text = report.markdown(r)
     assert "| target    |   2/3 |    66.7% | 20.8% to 93.9% |       10 |    1.00x |                  – |                – |" in text
     assert "Not every rule has answered every problem" in text and "| judge:0.5 |   1 |    1 | 1 |" in text
@@ -278,7 +324,8 @@ def test_the_numbers_of_a_table_by_hand():
 
 
 def test_pareto_front():
-    assert report.front([(1, 0.9), (2, 0.8), (1.5, 0.7), (3, 0.8), (0.5, 0.9), (4, 0.1)]) == [(1, 0.9), (3, 0.8), (4, 0.1)]
+    assert report.front([(1, 0.9), (2, 0.8), (1.5, 0.7), (3, 0.8), (0.5, 0.9),
+                         (4, 0.1)]) == [(1, 0.9), (3, 0.8), (4, 0.1)]
 
 
 def test_a_missing_matplotlib_is_a_note(pair, whole, tmp_path, monkeypatch, capsys):
@@ -294,8 +341,10 @@ def test_a_missing_matplotlib_is_a_note(pair, whole, tmp_path, monkeypatch, caps
 def test_replay_rounds_by_hand():
     T, F = True, False
     assert replay_rounds([T, T, F, T, T, T, T, F], 3) == [2, 3, 0]  # TT|F  TTT|T  |F
-    assert replay_rounds([F, F, F], 4) == [0, 0, 0] and replay_rounds([T] * 5, 16) == [5] and replay_rounds([], 4) == []
-    assert replay_rounds([T] * 8, 3) == [3, 3] and replay_rounds([T, F], 1) == [1] and replay_rounds([T, T, F, T], 1) == [1, 0, 1]
+    assert replay_rounds([F, F, F], 4) == [0, 0, 0] and replay_rounds([T] * 5, 16) == [
+        5] and replay_rounds([], 4) == []
+    assert replay_rounds([T] * 8, 3) == [3, 3] and replay_rounds([T, F], 1) == [
+        1] and replay_rounds([T, T, F, T], 1) == [1, 0, 1]
 
 
 @torch.inference_mode()
@@ -305,10 +354,13 @@ def real_rounds(target, draft, head, prompt, text, k, s):
     while i < len(text):
         drafted, cache, n = torch.tensor(text[i:i + k]), target.new_cache(len(ids)), len(prompt) + i
         target.features(torch.tensor([ids[:n - 1]]), torch.arange(n - 1), cache)
-        logits, scores = G.verify(target, head, torch.tensor(ids[n - 1:n + len(drafted)]), n - 1 + torch.arange(len(drafted) + 1), cache)
+        logits, scores = G.verify(target, head, torch.tensor(ids[n - 1:n + len(drafted)]),
+                                  n - 1 + torch.arange(len(drafted) + 1), cache)
         known = torch.tensor([ids[:n + len(drafted) - 1]])
-        draft_logits = draft(known, torch.arange(known.shape[1]), draft.new_cache(known.shape[1]))[0][0, n - 1:]
-        rounds.append(int(G.accept_tokens(logits, scores, drafted, draft_logits, torch.tensor([len(drafted)]), s, None, None)[0]))
+        draft_logits = draft(known, torch.arange(known.shape[1]),
+                             draft.new_cache(known.shape[1]))[0][0, n - 1:]
+        rounds.append(int(G.accept_tokens(logits, scores, drafted, draft_logits,
+                                          torch.tensor([len(drafted)]), s, None, None)[0]))
         i += rounds[-1] + 1
     return rounds
 
@@ -318,33 +370,47 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     target, draft = (G.load(pair.home / name, dtype=torch.float32) for name in ("target", "draft"))
     head = Judge.load(pair.home / "judge.safetensors", 64, fingerprint(pair.home / "target"), "")
     pairs = []
-    for i, prompt in enumerate(("How many?", "Count the eggs of Mira.", "def f(x):")):  # the target's text with words of another in it
+    # the target's text with words of another in it
+    for i, prompt in enumerate(("How many?", "Count the eggs of Mira.", "def f(x):")):
         tokens = generate(Engine(target), tokenizer.encode(prompt), 40).tokens
         text = tokenizer.decode_new([5], tokens)
         pairs.append((prompt, text[:50] + " eggs" * i + text[50:90]))
     with open(tmp_path / "texts.jsonl", "w") as f:
         for i, (prompt, text) in enumerate(pairs):
             f.write(json.dumps({"prompt": prompt, "reference" if i == 1 else "text": text}) + "\n")
-    rules = ["standard", "topk:3", "typical", "typical:0.01", "kl:0.05", "kl:1", "judge", "judge:0.7", "judge:0", "judge:1"]
+    rules = ["standard", "topk:3", "typical", "typical:0.01", "kl:0.05", "kl:1", "judge",
+             "judge:0.7", "judge:0", "judge:1"]
     assert {rule.partition(":")[0] for rule in rules} == set(judge.RULES)
-    E.main(["--replay", str(tmp_path / "texts.jsonl"), *pair.models, "--rules", ",".join(rules), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    E.main(["--replay", str(tmp_path / "texts.jsonl"), *pair.models, "--rules", ",".join(rules),
+            "--out", str(tmp_path / "out"), "--device", "cpu"])
     r = json.loads((tmp_path / "out" / "replay.json").read_text())
     for rule in rules:
         name, value = judge.parse_rule(rule)
         s = Settings(name, {"judge": 0.5, "typical": 0.09}.get(rule, value), 0.0, None, None)
-        want = [n for p, t in pairs for n in real_rounds(target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
-        assert r["rules"][rule]["rounds"] == len(want) and r["rules"][rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
-    assert r["rules"]["judge:0"]["rejected"] == 0 and r["rules"]["judge:1"] == r["rules"]["standard"]
-    assert 0 < r["rules"]["topk:3"]["rejected"] < r["rules"]["standard"]["rejected"] < 1 and r["texts"] == 3
+        want = [n for p, t in pairs for n in real_rounds(target, draft, head, tokenizer.encode(p),
+                                                         tokenizer.encode(t, continuation=True), k,
+                                                         s)]
+        assert r["rules"][rule]["rounds"] == len(want) and r["rules"][rule][
+            "mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
+    assert r["rules"]["judge:0"]["rejected"] == 0 and r["rules"]["judge:1"] == r["rules"][
+        "standard"]
+    assert 0 < r["rules"]["topk:3"]["rejected"] < r["rules"]["standard"]["rejected"] < 1 and r[
+        "texts"] == 3
 
 
 def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     path = tmp_path / "t.jsonl"
-    lines = [{"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"}, {"prompt": "p", "text": "t", "domain": "x"}, {"prompt": "q", "text": "u", "task": "x"},
+    lines = [{"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"},
+             {"prompt": "p", "text": "t", "domain": "x"}, {"prompt": "q", "text": "u", "task": "x"},
              {"prompt": "r", "reference": "v", "answer": 3, "domain": "y"}]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n" + json.dumps({"prompt": "\u2028", "text": "w", "domain": "z"}, ensure_ascii=False) + "\n")
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n"
+                    + json.dumps({"prompt": "\u2028", "text": "w", "domain": "z"},
+                                 ensure_ascii=False) + "\n")
     texts = read_texts(path, E.TASKS["gsm8k"](allow_code_execution=False), chat=False, limit=1)
-    assert [t[0] for t in texts] == [f"{path}, line {i}" for i in (1, 2, 4, 6)] and texts[0][2].strip() == "2+2 = 4\n#### 4" and "How many?" in texts[0][1] and texts[2][1:] == ("r", "v")
+    assert [t[0] for t in texts] == [f"{path}, line {i}"
+                                     for i in (1, 2, 4, 6)] and texts[0][
+                                         2].strip() == "2+2 = 4\n#### 4" and "How many?" in texts[
+                                             0][1] and texts[2][1:] == ("r", "v")
     assert (texts[0][1] + texts[0][2])[len(texts[0][1].rstrip())].isspace()
 
 
@@ -372,9 +438,11 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--rescore", "--replay", "x"], "exclude each other"),
     (["--rescore"], "holds no answers"),
     (["--replay", "missing", "--rules", "judge"], "cannot read missing: No such file"),
-    (["--replay", str(DEMO / "judge.safetensors"), "--rules", "judge"], "cannot read .*: it is not text"),
+    (["--replay", str(DEMO / "judge.safetensors"), "--rules", "judge"], "cannot read .*: it is "
+     "not text"),
     (["--replay", str(ROOT / "README.md"), "--rules", "judge"], "line 1: not JSON"),
-    (["--replay", str(ROOT / "checkpoints/demo/problems.jsonl"), "--rules", "judge"], 'problems.jsonl, line 1: no "prompt" and "text"'),
+    (["--replay", str(ROOT / "checkpoints/demo/problems.jsonl"), "--rules", "judge"],
+     'problems.jsonl, line 1: no "prompt" and "text"'),
     (["--replay", os.devnull, "--rules", "standard"], "null holds no examples"),
     (["--replay", "x", "--rules", "target,standard"], "rule target tests no drafts"),
     (["--out", str(ROOT / "README.md")], "README.md is a file"),
@@ -382,7 +450,8 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
 ])
 def test_bad_input_is_one_clear_line_and_leaves_nothing(pair, tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as e:
-        E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(tmp_path / "out"), "--device", "cpu", *flags])
+        E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(tmp_path / "out"),
+                "--device", "cpu", *flags])
     assert "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -395,9 +464,12 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(pair, tmp_path, flags, m
 ])
 def test_what_a_rule_needs(flags, message):
     with pytest.raises(UserError, match=message):
-        E.parse_args(["--task", "demo", "--data", "x", "--target", "y", "--out", "z", "--device", "cpu", *flags])
+        E.parse_args(["--task", "demo", "--data", "x", "--target", "y", "--out", "z", "--device",
+                      "cpu", *flags])
 
 
 def test_exit_code_and_line():
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--rules", "x"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: 'x' is not a rule") and done.stderr.count("\n") == 1 and not done.stdout
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--rules", "x"], capture_output=True,
+                          text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: 'x' is not a rule") and done.stderr.count("\n") == 1 and not done.stdout

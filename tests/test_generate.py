@@ -37,8 +37,10 @@ def models():
     torch.manual_seed(5)
     for p in good.parameters():  # agrees with the target on some tokens, not on others
         p.data += 0.05 * p.data.std() * torch.randn_like(p)
-    random = random_model(tiny_config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1), seed=3)
-    return {"target": target, "good": good, "random": random, "identical": random_model(tiny_config(), seed=1)}
+    random = random_model(tiny_config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                      num_key_value_heads=1), seed=3)
+    return {"target": target, "good": good, "random": random,
+            "identical": random_model(tiny_config(), seed=1)}
 
 
 def tokens(n, seed=0):
@@ -47,7 +49,8 @@ def tokens(n, seed=0):
 
 def greedy(model, ids):
     """The next token of a fresh prefill."""
-    return int(model(torch.tensor([ids]), torch.arange(len(ids)), model.new_cache(len(ids)))[0][0, -1].argmax())
+    return int(model(torch.tensor([ids]), torch.arange(len(ids)),
+                     model.new_cache(len(ids)))[0][0, -1].argmax())
 
 
 def alone(prompt, n, eos=(), context=None):
@@ -73,7 +76,9 @@ def test_greedy_standard_equals_target_alone_for_every_k(draft):
         accepted.append(r.mean_accepted / k)
         assert sum(r.accept_counts) == r.rounds and len(r.accept_counts) == k + 1
         assert len(r.tokens) == 1 + r.rounds + sum(i * c for i, c in enumerate(r.accept_counts))
-        assert r.sources.count("draft") == sum(i * c for i, c in enumerate(r.accept_counts)) and "judge" not in r.sources
+        assert r.sources.count("draft") == sum(i * c for i,
+                                               c in enumerate(
+                                                   r.accept_counts)) and "judge" not in r.sources
         if draft == "identical":
             assert r.rounds == -(-49 // (k + 1))  # everything was accepted
     if draft == "good":
@@ -82,8 +87,11 @@ def test_greedy_standard_equals_target_alone_for_every_k(draft):
 
 @pytest.mark.parametrize("k", [1, 4, 16, 24])
 def test_every_prompt_length_at_the_edges(k):
-    """Caches grow in powers of two and attention looks at a power of two of it: lengths around both, around K, and the context's end."""
-    for n in (1, 2, 3, k, k + 1, k + 2, 30, 31, 32, 33, 62, 63, 64, 65, 66, 102, 103, 104, 110, 125, 126, 127):
+    """Caches grow in powers of two and attention looks at a power of two of it: lengths around
+    both, around K, and the context's end.
+    """
+    for n in (1, 2, 3, k, k + 1, k + 2, 30, 31, 32, 33, 62, 63, 64, 65, 66, 102, 103, 104, 110, 125,
+              126, 127):
         prompt = tokens(n, seed=n)
         r = generate(Engine(models()["target"], models()["good"], speculate_k=k), prompt, 60)
         assert r.tokens == alone(prompt, 60), n
@@ -95,7 +103,8 @@ def test_every_prompt_length_at_the_edges(k):
 def test_caches_hold_what_a_fresh_prefill_would(draft, accept):
     target, small = models()["target"], models()[draft]
     judge_head = None if accept == "standard" else head(bias=9.0 if accept == "all" else -9.0)
-    engine = Engine(target, small, judge_head, "standard" if accept == "standard" else "judge", speculate_k=5)
+    engine = Engine(target, small, judge_head, "standard" if accept == "standard" else "judge",
+                    speculate_k=5)
     with torch.inference_mode():
         engine.prefill(tokens(9), 100)
         for _ in range(9):
@@ -106,7 +115,8 @@ def test_caches_hold_what_a_fresh_prefill_would(draft, accept):
                 assert length >= len(engine.tokens) - 2
                 fresh = model.new_cache(length)
                 model(torch.tensor([engine.tokens[:length]]), torch.arange(length), fresh)
-                torch.testing.assert_close(engine.caches[model].first(length).kv, fresh.kv, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(engine.caches[model].first(length).kv, fresh.kv,
+                                           atol=1e-5, rtol=1e-4)
 
 
 def test_judge_that_says_no_equals_standard():
@@ -114,8 +124,10 @@ def test_judge_that_says_no_equals_standard():
     for k in (1, 3, 8):
         want = generate(Engine(models()["target"], models()["good"], speculate_k=k), prompt, 60)
         for h, threshold in ((head(bias=-50.0), None), (head(bias=50.0), 1.0)):
-            got = generate(Engine(models()["target"], models()["good"], h, "judge", threshold, k), prompt, 60)
-            assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts, want.sources)
+            got = generate(Engine(models()["target"], models()["good"], h, "judge", threshold, k),
+                           prompt, 60)
+            assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts,
+                                                                    want.sources)
 
 
 def test_judge_that_says_yes_gives_the_drafts_text_with_a_target_token_after_every_k():
@@ -135,13 +147,17 @@ def test_judge_that_says_yes_gives_the_drafts_text_with_a_target_token_after_eve
 
 
 def test_judge_reads_the_hidden_state_at_the_drafted_tokens_own_position():
-    """A head that finds one token in the embedding of the position it reads: it must veto that token, not the one after it."""
+    """A head that finds one token in the embedding of the position it reads: it must veto that
+    token, not the one after it.
+    """
     target = random_model(tiny_config(num_hidden_layers=1), seed=4)
-    target.layers[0].attn.wo.weight.zero_(), target.layers[0].ffn.w2.weight.zero_()  # the hidden state is the token's own embedding
+    # the hidden state is the token's own embedding
+    target.layers[0].attn.wo.weight.zero_(), target.layers[0].ffn.w2.weight.zero_()
     banned, h = 17, head()
     with torch.inference_mode():
         cache = target.new_cache(8)
-        states = torch.cat([target.features(torch.tensor([[t]]), torch.zeros(1, dtype=torch.long), cache)[0] for t in range(101)])
+        states = torch.cat([target.features(torch.tensor([[t]]), torch.zeros(1, dtype=torch.long),
+                                            cache)[0] for t in range(101)])
         others = torch.arange(101) != banned
         h.weight = -torch.linalg.lstsq(states, torch.where(others, -1.0, 1.0)[:, None]).solution.T
         scores = h.scores(states)
@@ -159,16 +175,19 @@ def test_end_token_in_the_middle_of_a_round():
         want = text[:text.index(end) + 1]
         for k in (1, 4, 16):
             for draft in ("identical", "random"):
-                r = generate(Engine(models()["target"], models()[draft], speculate_k=k), prompt, 40, eos_ids=(end,))
+                r = generate(Engine(models()["target"], models()[draft], speculate_k=k), prompt, 40,
+                             eos_ids=(end,))
                 assert r.tokens == want and len(r.sources) == len(want)
-                assert sum(r.accept_counts) == r.rounds and r.sources.count("draft") == sum(i * c for i, c in enumerate(r.accept_counts))
+                assert sum(r.accept_counts) == r.rounds and r.sources.count("draft") == sum(
+                    i * c for i, c in enumerate(r.accept_counts))
 
 
 def test_nothing_is_written_past_the_cache_and_the_context_is_filled_exactly():
     small = random_model(tiny_config(max_position_embeddings=50), seed=3)
     engine = Engine(models()["target"], small, speculate_k=16)
     r = generate(engine, tokens(20), 1000)
-    assert len(r.tokens) == 30 and engine.capacity == 50 + 16 and engine.state[3] == -1 and r.tokens == alone(tokens(20), 30)
+    assert len(r.tokens) == 30 and engine.capacity == 50 + 16 and engine.state[
+        3] == -1 and r.tokens == alone(tokens(20), 30)
     with pytest.raises(UserError, match="50 tokens and the context 50"):
         generate(engine, tokens(50), 10)
 
@@ -178,23 +197,28 @@ def test_next_turn_keeps_the_cache_and_changes_nothing(monkeypatch):
     first = generate(engine, tokens(10), 20)
     read = []
     original = Engine.read
-    monkeypatch.setattr(Engine, "read", lambda self, model, start: read.append(start) or original(self, model, start))
+    monkeypatch.setattr(Engine, "read", lambda self, model, start: read.append(start)
+                        or original(self, model, start))
     prompt = tokens(10) + first.tokens + tokens(5, seed=9)
     assert generate(engine, prompt, 20).tokens == alone(prompt, 20)
     assert min(read) >= 28  # only what was new
     other = tokens(10)[:6] + tokens(9, seed=11)
-    assert generate(engine, other, 20).tokens == alone(other, 20)  # a turn that was edited: back to the common prefix
+    # a turn that was edited: back to the common prefix
+    assert generate(engine, other, 20).tokens == alone(other, 20)
     assert generate(engine, other, 20).tokens == alone(other, 20)  # the same again
 
 
 def test_host_waits_once_a_round(monkeypatch):
-    """Every read of a tensor's value on the host goes through one of these; a round may do it once."""
+    """Every read of a tensor's value on the host goes through one of these; a round may do it once.
+    """
     counts = {"n": 0}
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, _f=original, **k: (counts.__setitem__("n", counts["n"] + 1), _f(self, *a, **k))[1])
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *a, _f=original,
+                            **k: (counts.__setitem__("n", counts["n"] + 1), _f(self, *a, **k))[1])
     for temperature in (0.0, 0.8):
-        engine = Engine(models()["target"], models()["good"], head(), "judge", speculate_k=8, temperature=temperature, top_p=0.9)
+        engine = Engine(models()["target"], models()["good"], head(), "judge", speculate_k=8,
+                        temperature=temperature, top_p=0.9)
         with torch.inference_mode():
             engine.prefill(tokens(9), 100)
             counts["n"] = 0
@@ -205,7 +229,8 @@ def test_host_waits_once_a_round(monkeypatch):
 # ---------------------------------------------------------------- distribution
 
 def small_pair(vocab=7):
-    config = tiny_config(vocab_size=vocab, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24, num_hidden_layers=1)
+    config = tiny_config(vocab_size=vocab, hidden_size=16, num_attention_heads=2,
+                         num_key_value_heads=1, intermediate_size=24, num_hidden_layers=1)
     return random_model(config, seed=1, scale=0.6), random_model(config, seed=2, scale=0.6)
 
 
@@ -219,15 +244,21 @@ def chi_square(counts, p):
     return float(((observed - expected) ** 2 / expected).sum()), len(expected) - 1
 
 
-@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, None, None), (0.5, None, None), (2.0, None, None), (1.0, 4, None), (1.3, None, 0.8)])
+@pytest.mark.parametrize("temperature,top_k,top_p",
+                         [(1.0, None, None), (0.5, None, None), (2.0, None, None), (1.0, 4, None),
+                          (1.3, None, 0.8)])
 def test_sampled_standard_speculation_has_the_targets_distribution(temperature, top_k, top_p):
-    """The joint distribution of the three tokens after the first, over many seeds, against the target's own, exactly computed."""
+    """The joint distribution of the three tokens after the first, over many seeds, against the
+    target's own, exactly computed.
+    """
     target, small = small_pair()
     V, prompt, runs = 7, [3, 1, 4], 10_000
-    engine = Engine(target, small, speculate_k=2, temperature=temperature, top_k=top_k, top_p=top_p, seed=1)
+    engine = Engine(target, small, speculate_k=2, temperature=temperature, top_k=top_k, top_p=top_p,
+                    seed=1)
     with torch.inference_mode():
         def p_next(ids):
-            logits = target(torch.tensor([ids]), torch.arange(len(ids)), target.new_cache(8))[0][0, -1]
+            logits = target(torch.tensor([ids]), torch.arange(len(ids)),
+                            target.new_cache(8))[0][0, -1]
             return rules.probabilities(logits, temperature, top_k, top_p)
 
         first = int(p_next(prompt).argmax())
@@ -240,7 +271,8 @@ def test_sampled_standard_speculation_has_the_targets_distribution(temperature, 
         engine.prefill(prompt, 8)
         for i in range(runs):
             engine.tokens, engine.target_len, engine.draft_len = prompt + [first], 3, 3
-            engine.set_state(1 + i % 2)  # half of the time a round may keep less than it drafted, as at the end of a text
+            # half of the time a round may keep less than it drafted, as at the end of a text
+            engine.set_state(1 + i % 2)
             made = []
             while len(made) < 2:
                 a, new, _ = engine.round()
@@ -250,23 +282,28 @@ def test_sampled_standard_speculation_has_the_targets_distribution(temperature, 
     assert all_accepted > 100 and none > 100
     assert counts[joint == 0].sum() == 0
     statistic, freedom = chi_square(counts.flatten(), joint.flatten())
-    assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (statistic, freedom)  # about one in 100,000
+    # about one in 100,000
+    assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5, (statistic, freedom)
     # the test has teeth: the draft's own distribution would fail it by far
     wrong, _ = chi_square(counts.flatten(), torch.full((V * V,), 1 / V ** 2))
     assert wrong > freedom + 20 * (2 * freedom) ** 0.5
 
 
 def test_seed_repeats_a_sampled_run():
-    run = lambda seed: generate(Engine(models()["target"], models()["good"], speculate_k=4, temperature=1.0, seed=seed), tokens(6), 30).tokens
+    run = lambda seed: generate(Engine(models()["target"], models()["good"], speculate_k=4,
+                                       temperature=1.0, seed=seed), tokens(6), 30).tokens
     assert run(1) == run(1) != run(2)
 
 
 def test_sampled_judge_accepts_standard_or_judge():
     target, small = small_pair()
-    yes = generate(Engine(target, small, head(16, bias=50.0), "judge", speculate_k=4, temperature=1.0), [3, 1], 41)
+    yes = generate(Engine(target, small, head(16, bias=50.0), "judge", speculate_k=4,
+                          temperature=1.0), [3, 1], 41)
     assert yes.accept_counts == [0, 0, 0, 0, 8] and {"draft", "judge", "target"} == set(yes.sources)
-    no = generate(Engine(target, small, head(16, bias=-50.0), "judge", speculate_k=4, temperature=1.0, seed=3), [3, 1], 41)
-    assert no.tokens == generate(Engine(target, small, speculate_k=4, temperature=1.0, seed=3), [3, 1], 41).tokens
+    no = generate(Engine(target, small, head(16, bias=-50.0), "judge", speculate_k=4,
+                         temperature=1.0, seed=3), [3, 1], 41)
+    assert no.tokens == generate(Engine(target, small, speculate_k=4, temperature=1.0, seed=3),
+                                 [3, 1], 41).tokens
 
 
 # ---------------------------------------------------------------- rules, by hand
@@ -283,28 +320,39 @@ def test_rules_by_hand():
     scores = torch.tensor([-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30])
     assert rules.judge(scores, 0.0).all() and not rules.judge(scores, 1.0).any()
     assert rules.judge(scores, 0.5).tolist() == [False] * 4 + [True] * 3
-    assert rules.judge(scores, 0.7310).tolist() == [False] * 4 + [True] * 3 and rules.judge(scores, 0.7311).tolist() == [False] * 5 + [True] * 2
+    assert rules.judge(scores, 0.7310).tolist() == [False] * 4 + [True] * 3 and rules.judge(
+        scores, 0.7311).tolist() == [False] * 5 + [True] * 2
     p, q = torch.tensor([[0.5, 0.5, 0.0]] * 2), torch.tensor([[0.2, 0.8, 0.0]] * 2)
-    assert rules.standard_sampled(p, q, torch.tensor([0, 1]), torch.tensor([0.99, 0.7])).tolist() == [True, False]
-    assert rules.standard_sampled(p, q, torch.tensor([0, 1]), torch.tensor([0.99, 0.6])).tolist() == [True, True]
+    assert rules.standard_sampled(p, q, torch.tensor([0, 1]),
+                                  torch.tensor([0.99, 0.7])).tolist() == [True, False]
+    assert rules.standard_sampled(p, q, torch.tensor([0, 1]),
+                                  torch.tensor([0.99, 0.6])).tolist() == [True, True]
     assert torch.allclose(rules.residual(p[0], q[0]), torch.tensor([1.0, 0.0, 0.0]))
-    assert torch.allclose(rules.residual(p[0], torch.zeros(3)), p[0]) and torch.allclose(rules.residual(p[0], p[0]), p[0])
+    assert torch.allclose(rules.residual(p[0], torch.zeros(3)),
+                          p[0]) and torch.allclose(rules.residual(p[0], p[0]), p[0])
     probs = rules.probabilities(torch.tensor([2.0, 1.0, 0.0]).exp().log(), 1.0)
     assert torch.allclose(probs, torch.tensor([0.66524, 0.24473, 0.09003]), atol=1e-5)
     logp = torch.tensor([0.5, 0.3, 0.2]).log()
     assert torch.allclose(rules.probabilities(logp, 1.0, top_p=0.5), torch.tensor([1.0, 0, 0]))
-    assert torch.allclose(rules.probabilities(logp, 1.0, top_p=0.6), torch.tensor([0.625, 0.375, 0]))
+    assert torch.allclose(rules.probabilities(logp, 1.0, top_p=0.6),
+                          torch.tensor([0.625, 0.375, 0]))
     assert torch.allclose(rules.probabilities(logp, 1.0, top_k=2), torch.tensor([0.625, 0.375, 0]))
     assert torch.allclose(rules.probabilities(logp, 0.5), torch.tensor([0.25, 0.09, 0.04]) / 0.38)
 
 
 def test_typical_and_kl_by_hand():
-    rows = torch.tensor([[0.5, 0.25, 0.25]] * 2 + [[0.94, 0.03, 0.03]]).log() + 7.0  # entropy ln 2 * 1.5: exp(-H) = 0.35355; 0.26: 0.7689
-    assert rules.typical(rows[:2], torch.tensor([0, 1]), 0.64).tolist() == [True, False]  # min(0.64, 0.8 * 0.35355) = 0.283
-    assert rules.typical(rows[:2], torch.tensor([0, 1]), 0.49).tolist() == [True, True]  # 0.7 * 0.35355 = 0.2475
-    assert rules.typical(rows, torch.tensor([1, 2, 2]), 0.04).tolist() == [True, True, False]  # epsilon itself is the bound, and 0.03 is below it
-    target, draft = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.95, 0.05]]).log(), torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.95, 0.05]]).log() - 3.0
-    assert rules.kl(target, draft, 0.1439).tolist() == [True, True, False]  # 0.5 ln(2) + 0.5 ln(2/3) = 0.14384; the last is sure
+    # entropy ln 2 * 1.5: exp(-H) = 0.35355; 0.26: 0.7689
+    rows = torch.tensor([[0.5, 0.25, 0.25]] * 2 + [[0.94, 0.03, 0.03]]).log() + 7.0
+    # min(0.64, 0.8 * 0.35355) = 0.283
+    assert rules.typical(rows[:2], torch.tensor([0, 1]), 0.64).tolist() == [True, False]
+    # 0.7 * 0.35355 = 0.2475
+    assert rules.typical(rows[:2], torch.tensor([0, 1]), 0.49).tolist() == [True, True]
+    # epsilon itself is the bound, and 0.03 is below it
+    assert rules.typical(rows, torch.tensor([1, 2, 2]), 0.04).tolist() == [True, True, False]
+    target, draft = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.95, 0.05]]).log(), torch.tensor(
+        [[0.25, 0.75], [0.5, 0.5], [0.95, 0.05]]).log() - 3.0
+    # 0.5 ln(2) + 0.5 ln(2/3) = 0.14384; the last is sure
+    assert rules.kl(target, draft, 0.1439).tolist() == [True, True, False]
     assert rules.kl(target, draft, 0.1438).tolist() == [False, True, False]
     assert not rules.kl(target, draft, 0.0).any()
 
@@ -312,7 +360,8 @@ def test_typical_and_kl_by_hand():
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_typical_and_kl_in_the_loop(temperature):
     target, small = models()["target"], models()["random"]
-    text = lambda *rule: generate(Engine(target, small, None, *rule, speculate_k=4, temperature=temperature, seed=2), tokens(8), 31)
+    text = lambda *rule: generate(Engine(target, small, None, *rule, speculate_k=4,
+                                         temperature=temperature, seed=2), tokens(8), 31)
     want = text("standard")
     assert text("kl", 0.0).tokens == want.tokens
     for all_in in (text("kl", 1e9), text("typical", 1e-9)):
@@ -321,9 +370,12 @@ def test_typical_and_kl_in_the_loop(temperature):
 
 def test_topk_rule_in_the_loop():
     want = generate(Engine(models()["target"], models()["random"], speculate_k=4), tokens(8), 30)
-    one = generate(Engine(models()["target"], models()["random"], None, "topk", 1, 4), tokens(8), 30)
-    every = generate(Engine(models()["target"], models()["random"], None, "topk", 101, 4), tokens(8), 31)
-    assert one.tokens == want.tokens and every.accept_counts == [0, 0, 0, 0, 6] and "topk" in every.sources
+    one = generate(Engine(models()["target"], models()["random"], None, "topk", 1, 4), tokens(8),
+                   30)
+    every = generate(Engine(models()["target"], models()["random"], None, "topk", 101, 4),
+                     tokens(8), 31)
+    assert one.tokens == want.tokens and every.accept_counts == [0, 0, 0, 0,
+                                                                 6] and "topk" in every.sources
 
 
 def test_judge_file(tmp_path):
@@ -331,7 +383,8 @@ def test_judge_file(tmp_path):
     h = Judge(torch.randn(1, 64), torch.randn(1), 0.37, "abc")
     h.save(path)
     back = Judge.load(path, 64, "abc", "DIR")
-    assert torch.equal(back.weight, h.weight) and torch.equal(back.bias, h.bias) and back.threshold == 0.37
+    assert torch.equal(back.weight,
+                       h.weight) and torch.equal(back.bias, h.bias) and back.threshold == 0.37
     with pytest.raises(UserError, match="width 64, but DIR has width 65"):
         Judge.load(path, 65, "abc", "DIR")
     with pytest.raises(UserError, match="trained on target abc, but DIR is xyz"):
@@ -353,9 +406,13 @@ def pair(tmp_path_factory):
     """A target and a draft directory with a tokenizer, and a judge for the target."""
     import sentencepiece
     home = tmp_path_factory.mktemp("pair")
-    lines = [" ".join(words) for words in itertools.permutations("the cat sat on a mat today".split(), 4)]
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(home / "t"), vocab_size=300, model_type="bpe",
-                                             byte_fallback=True, minloglevel=2, hard_vocab_limit=False)
+    lines = [" ".join(words)
+             for words in itertools.permutations("the cat sat on a mat today".split(), 4)]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines),
+                                             model_prefix=str(home / "t"), vocab_size=300,
+                                             model_type="bpe",
+                                             byte_fallback=True, minloglevel=2,
+                                             hard_vocab_limit=False)
     data = (home / "t.model").read_bytes()
     vocab = sentencepiece.SentencePieceProcessor(model_proto=data).vocab_size()
     from model import fingerprint
@@ -363,40 +420,52 @@ def pair(tmp_path_factory):
         config = tiny_config(vocab_size=vocab, num_hidden_layers=layers)
         save_checkpoint(home / name, random_model(config, seed), config)
         (home / name / "tokenizer.model").write_bytes(data)
-    Judge(torch.zeros(1, 64), torch.tensor([9.0]), 0.5, fingerprint(home / "target")).save(home / "judge.safetensors")
+    Judge(torch.zeros(1, 64), torch.tensor([9.0]), 0.5,
+          fingerprint(home / "target")).save(home / "judge.safetensors")
     return home
 
 
 def command(*args, stdin=""):
-    return subprocess.run([sys.executable, ROOT / "generate.py", "--device", "cpu", *map(str, args)], capture_output=True, text=True, input=stdin,
+    return subprocess.run([sys.executable, ROOT / "generate.py", "--device", "cpu",
+                           *map(str, args)], capture_output=True, text=True, input=stdin,
                           env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
 
 
 def test_command_line_json(pair, tmp_path):
     out = tmp_path / "out.json"
-    base = ("--target", pair / "target", "--prompt", "the cat", "--max_new_tokens", 20, "--ignore_eos", "--json", out)
+    base = ("--target", pair / "target", "--prompt", "the cat", "--max_new_tokens", 20,
+            "--ignore_eos", "--json", out)
     done = command(*base)
     assert done.returncode == 0, done.stderr
     target = json.loads(out.read_text())
-    assert set(target) == {"accept", "prompt_tokens", "tokens", "text", "seconds", "tokens_per_sec"} and target["accept"] == "target"
-    assert len(target["tokens"]) == 20 and target["text"] in done.stdout and "\033" not in done.stdout
+    assert set(target) == {"accept", "prompt_tokens", "tokens", "text", "seconds",
+                           "tokens_per_sec"} and target["accept"] == "target"
+    assert len(target["tokens"]) == 20 and target[
+        "text"] in done.stdout and "\033" not in done.stdout
     results = {}
-    for name, extra in {"standard": (), "judge": ("--judge", pair / "judge.safetensors"), "topk": ("--accept", "topk", "--threshold", "2"),
-                        "typical": ("--accept", "typical"), "kl": ("--accept", "kl", "--threshold", "0.5")}.items():
+    for name, extra in {"standard": (), "judge": ("--judge", pair / "judge.safetensors"),
+                        "topk": ("--accept", "topk", "--threshold", "2"),
+                        "typical": ("--accept", "typical"),
+                        "kl": ("--accept", "kl", "--threshold", "0.5")}.items():
         done = command(*base, "--draft", pair / "draft", "--speculate_k", 4, *extra)
         assert done.returncode == 0, done.stderr
         results[name] = r = json.loads(out.read_text())
-        assert r["accept"] == name and len(r["accept_counts"]) == 5 and len(r["sources"]) == 20 == len(r["tokens"])
-        assert r["rounds"] == sum(r["accept_counts"]) and r["mean_accepted"] == pytest.approx(sum(i * c for i, c in enumerate(r["accept_counts"])) / r["rounds"])
+        assert r["accept"] == name and len(r["accept_counts"]) == 5 and len(
+            r["sources"]) == 20 == len(r["tokens"])
+        assert r["rounds"] == sum(r["accept_counts"]) and r["mean_accepted"] == pytest.approx(
+            sum(i * c for i, c in enumerate(r["accept_counts"])) / r["rounds"])
         assert r["tokens_per_round"] == pytest.approx(19 / r["rounds"])
     assert results["standard"]["tokens"] == target["tokens"]
-    assert results["judge"]["rounds"] == 4  # 19 tokens after the first, 5 a round, the last one shortened
+    # 19 tokens after the first, 5 a round, the last one shortened
+    assert results["judge"]["rounds"] == 4
 
 
-@pytest.mark.parametrize("rule", [("standard",), ("kl", "--threshold", "0.5"), ("standard", "--temperature", "1")], ids=" ".join)
+@pytest.mark.parametrize("rule", [("standard",), ("kl", "--threshold", "0.5"),
+                                  ("standard", "--temperature", "1")], ids=" ".join)
 def test_the_draft_may_have_a_dtype_of_its_own(pair, rule):
     """Here that of the target is the coarser one, and the text is still the target's."""
-    args = G.parse_args(["--target", str(pair / "target"), "--draft", str(pair / "draft"), "--prompt", "x", "--device", "cpu", "--dtype", "bfloat16",
+    args = G.parse_args(["--target", str(pair / "target"), "--draft", str(pair / "draft"),
+                         "--prompt", "x", "--device", "cpu", "--dtype", "bfloat16",
                          "--draft_dtype", "float32", "--speculate_k", "4", "--accept", *rule])
     engine, tokenizer = G.load_engine(args)
     assert engine.target.norm.weight.dtype == torch.bfloat16 and engine.draft.norm.weight.dtype == torch.float32
@@ -409,7 +478,8 @@ def test_the_draft_may_have_a_dtype_of_its_own(pair, rule):
 
 def test_interactive_keeps_going(pair, tmp_path):
     out = tmp_path / "out.json"
-    done = command("--target", pair / "target", "--draft", pair / "draft", "--interactive", "--max_new_tokens", 8, "--json", out,
+    done = command("--target", pair / "target", "--draft", pair / "draft", "--interactive",
+                   "--max_new_tokens", 8, "--json", out,
                    stdin="the cat\n\nsat on\n")
     assert done.returncode == 0, done.stderr
     a, b = json.loads(out.read_text())
@@ -419,16 +489,22 @@ def test_interactive_keeps_going(pair, tmp_path):
 BAD = [
     (("--target", "nowhere", "--prompt", "x"), "nowhere"),
     (("--target", "{}/empty", "--prompt", "x"), "empty/config.json does not exist"),
-    (("--target", "{}/truncated", "--prompt", "x"), "truncated/model.safetensors is damaged or truncated"),
+    (("--target", "{}/truncated", "--prompt", "x"), "truncated/model.safetensors is damaged or "
+     "truncated"),
     (("--target", "{}/keyless", "--prompt", "x"), "'num_hidden_layers' is missing"),
     (("--target", "{}/target", "--draft", "{}/vocabulary", "--prompt", "x"), "vocabulary of 999"),
     (("--target", "{}/target", "--draft", "{}/tokenizer", "--prompt", "x"), "different tokenizers"),
-    (("--target", "{}/other", "--draft", "{}/draft", "--judge", "{}/judge.safetensors", "--prompt", "x"), "trained on target"),
-    (("--target", "{}/target", "--draft", "{}/draft", "--judge", "{}/wide.safetensors", "--prompt", "x"), "width 65"),
-    (("--target", "{}/target", "--draft", "{}/draft", "--judge", "{}/none.safetensors", "--prompt", "x"), "none.safetensors"),
+    (("--target", "{}/other", "--draft", "{}/draft", "--judge", "{}/judge.safetensors", "--prompt",
+      "x"), "trained on target"),
+    (("--target", "{}/target", "--draft", "{}/draft", "--judge", "{}/wide.safetensors", "--prompt",
+      "x"), "width 65"),
+    (("--target", "{}/target", "--draft", "{}/draft", "--judge", "{}/none.safetensors", "--prompt",
+      "x"), "none.safetensors"),
     (("--target", "{}/target", "--prompt", "the cat " * 100), "the context 128"),
-    (("--target", "{}/target", "--draft", "{}/draft", "--speculate_k", "0", "--prompt", "x"), "--speculate_k is 0"),
-    (("--target", "{}/target", "--draft", "{}/draft", "--speculate_k", "128", "--prompt", "x"), "--speculate_k is 128"),
+    (("--target", "{}/target", "--draft", "{}/draft", "--speculate_k", "0", "--prompt", "x"),
+     "--speculate_k is 0"),
+    (("--target", "{}/target", "--draft", "{}/draft", "--speculate_k", "128", "--prompt", "x"),
+     "--speculate_k is 128"),
     (("--target", "{}/target", "--prompt", "x", "--temperature", "-1"), "--temperature is -1"),
     (("--target", "{}/target", "--prompt", "x", "--temperature", "nan"), "--temperature is nan"),
     (("--target", "{}/target", "--prompt", "x", "--top_p", "0"), "--top_p is 0"),
@@ -436,12 +512,18 @@ BAD = [
     (("--target", "{}/target", "--prompt", "x", "--json", "{}/no/such/out.json"), "out.json"),
     (("--target", "{}/target", "--prompt", "x", "--json", "{}/target"), "it is a directory"),
     (("--target", "{}/target", "--prompt", "x", "--chat"), "no chat_template"),
-    (("--target", "{}/target", "--prompt", "x", "--judge", "{}/judge.safetensors"), "--judge needs --draft"),
-    (("--target", "{}/target", "--prompt", "x", "--draft_dtype", "float32"), "--draft_dtype is of the --draft"),
-    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "judge"), "needs --judge FILE"),
-    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk"), "needs --threshold K"),
-    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "kl"), "needs --threshold D"),
-    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "typical", "--threshold", "1"), "must be between 0 and 1"),
+    (("--target", "{}/target", "--prompt", "x", "--judge", "{}/judge.safetensors"),
+     "--judge needs --draft"),
+    (("--target", "{}/target", "--prompt", "x", "--draft_dtype", "float32"), "--draft_dtype is of "
+     "the --draft"),
+    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "judge"),
+     "needs --judge FILE"),
+    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk"),
+     "needs --threshold K"),
+    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "kl"),
+     "needs --threshold D"),
+    (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "typical",
+      "--threshold", "1"), "must be between 0 and 1"),
     (("--target", "{}/target"), "--prompt or --interactive"),
 ]
 if not torch.cuda.is_available():
@@ -458,14 +540,17 @@ def bad(pair):
     weights.write_bytes(weights.read_bytes()[:-100])
     shutil.copytree(pair / "target", pair / "keyless")
     config = json.loads((pair / "target" / "config.json").read_text())
-    (pair / "keyless" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_hidden_layers"}))
+    (pair / "keyless" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "num_hidden_layers"}))
     shutil.copytree(pair / "draft", pair / "vocabulary")
     (pair / "vocabulary" / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
     shutil.copytree(pair / "draft", pair / "tokenizer")
     data = (pair / "t.model").read_bytes()
-    (pair / "tokenizer" / "tokenizer.model").write_bytes(data.replace("\u2581mat".encode(), "\u2581tam".encode()))
+    (pair / "tokenizer" / "tokenizer.model").write_bytes(data.replace("\u2581mat".encode(),
+                                                                      "\u2581tam".encode()))
     from model import fingerprint
-    Judge(torch.zeros(1, 65), torch.zeros(1), 0.5, fingerprint(pair / "target")).save(pair / "wide.safetensors")
+    Judge(torch.zeros(1, 65), torch.zeros(1), 0.5,
+          fingerprint(pair / "target")).save(pair / "wide.safetensors")
     return pair
 
 
@@ -478,13 +563,15 @@ def test_bad_input_is_one_line_and_exit_code_2(bad, args, message, monkeypatch, 
     with pytest.raises(SystemExit) as stop:
         cli.run(G.main)
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and message in err and err.count("\n") == 1 and err.startswith("error: "), err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1 and err.startswith(
+        "error: "), err
     assert sorted(bad.rglob("*")) == before
 
 
 def test_bad_input_from_the_shell(pair):
     done = command("--target", pair / "nowhere", "--prompt", "x")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.count(
+        "\n") == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_colour_on_a_terminal_only(monkeypatch):

@@ -1,4 +1,6 @@
-"""make_judge_data.py and mining.py: resuming, labels against brute force from scratch, marks by characters, the split, what is refused."""
+"""make_judge_data.py and mining.py: resuming, labels against brute force from scratch, marks by
+characters, the split, what is refused.
+"""
 import json
 import random
 import shutil
@@ -15,7 +17,8 @@ import generate as G
 import make_judge_data as M
 import mining
 from cli import UserError
-from helpers import one_thread, random_model, save_checkpoint, strings, tiny_config  # noqa: F401 (a fixture)
+# noqa: F401 (a fixture)
+from helpers import one_thread, random_model, save_checkpoint, strings, tiny_config
 from mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters, scan
 from tasks import TASKS, Score
 from test_tokenizer import every, homes  # noqa: F401 (a fixture)
@@ -29,7 +32,9 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture(autouse=True, scope="module")
 def toy():
-    """Random models are never right, so another checker: wrong answers are about a third, and an outcome often changes with a token."""
+    """Random models are never right, so another checker: wrong answers are about a third, and an
+    outcome often changes with a token.
+    """
     task = TASKS["demo"]
     before = task.max_new_tokens, task.score
     task.max_new_tokens = 24
@@ -40,11 +45,16 @@ def toy():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A target, a draft that often agrees, a model of another tokenizer, and 21 problems. Every seventh token ends an answer."""
+    """A target, a draft that often agrees, a model of another tokenizer, and 21 problems.
+
+    Every seventh token ends an answer.
+    """
     home = tmp_path_factory.mktemp("pair")
     lines = (DEMO / "problems.jsonl").read_text().splitlines()
-    (home / "problems.jsonl").write_text("\n".join(lines[i] for i in [d + i for d in (0, 300, 600) for i in range(7)]) + "\n")
-    config = tiny_config(vocab_size=1024, max_position_embeddings=512, eos_token_id=[2, *range(7, 1024, 7)])
+    (home / "problems.jsonl").write_text(
+        "\n".join(lines[i] for i in [d + i for d in (0, 300, 600) for i in range(7)]) + "\n")
+    config = tiny_config(vocab_size=1024, max_position_embeddings=512,
+                         eos_token_id=[2, *range(7, 1024, 7)])
     for name, noise in (("target", 0.0), ("draft", 0.05)):
         model = random_model(config, seed=1)
         for p in model.parameters():
@@ -55,7 +65,8 @@ def pair(tmp_path_factory):
 
 
 def flags(pair, out, *more):
-    return ["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(pair / "target"), str(pair / "draft"), "--temperatures", "0,0.8",
+    return ["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(pair / "target"),
+            str(pair / "draft"), "--temperatures", "0,0.8",
             "--samples", "2", "--device", "cpu", "--out", str(out), *more]
 
 
@@ -74,28 +85,38 @@ def lines_of(path):
 
 def test_every_model_answers_every_prompt(pair, answers):
     lines = lines_of(answers)
-    assert len(lines) == 2 * 21 * 3 and len({(a["source_model"], a["id"], a["temperature"], a["sample"]) for a in lines}) == len(lines)
-    assert {a["source_model"] for a in lines} == {"target", "draft"} and {a["domain"] for a in lines} == {"maths", "code", "facts"}
+    assert len(lines) == 2 * 21 * 3 and len({(a["source_model"], a["id"], a["temperature"],
+                                              a["sample"]) for a in lines}) == len(lines)
+    assert {a["source_model"] for a in lines} == {"target", "draft"} and {
+        a["domain"] for a in lines} == {"maths", "code", "facts"}
     assert 0 < sum(a["right"] for a in lines) < len(lines) and 0 < sum(a["ended"] for a in lines)
-    assert len({a["answer"] for a in lines if a["temperature"]}) > 20 and str(pair) not in answers.read_text()
-    tokenizer, model = Tokenizer.from_dir(pair / "draft"), G.load(pair / "draft", dtype=torch.float32)
+    assert len({a["answer"] for a in lines if a["temperature"]}) > 20 and str(
+        pair) not in answers.read_text()
+    tokenizer, model = Tokenizer.from_dir(pair / "draft"), G.load(pair / "draft",
+                                                                  dtype=torch.float32)
     for a in lines:  # alone, each with its own seed, all come out the same
         if a["source_model"] == "draft" and a["domain"] == "code":
             prompt = tokenizer.encode(a["prompt"])
-            tokens = G.generate(G.Engine(model, temperature=a["temperature"], seed=a["seed"]), prompt, 24, tokenizer.eos_ids).tokens
-            assert a["answer"] == tokenizer.decode_new(prompt, [t for t in tokens if t not in tokenizer.eos_ids])
+            tokens = G.generate(G.Engine(model, temperature=a["temperature"], seed=a["seed"]),
+                                prompt, 24, tokenizer.eos_ids).tokens
+            assert a["answer"] == tokenizer.decode_new(prompt,
+                                                       [t for t in tokens
+                                                        if t not in tokenizer.eos_ids])
             assert a["ended"] == (tokens[-1] in tokenizer.eos_ids)
 
 
 def test_resumes_wherever_the_file_was_cut(pair, answers, tmp_path, monkeypatch):
-    data, sidecar, lines = answers.read_bytes(), answers.with_name("answers.jsonl.settings.json"), lines_of(answers)
+    data, sidecar, lines = answers.read_bytes(), answers.with_name(
+        "answers.jsonl.settings.json"), lines_of(answers)
     made = {(a["source_model"], a["id"], a["temperature"], a["sample"]): a for a in lines}
-    monkeypatch.setattr(M, "answers", lambda args, name, directory, units: (made[name, p["example"]["id"], t, n] for p, t, n in units))
+    monkeypatch.setattr(M, "answers", lambda args, name, directory,
+                        units: (made[name, p["example"]["id"], t, n] for p, t, n in units))
     monkeypatch.setattr("log.os.fsync", lambda fd: None)
     out, rng = tmp_path / "a.jsonl", random.Random(0)
     shutil.copy(sidecar, tmp_path / "a.jsonl.settings.json")
     ends = [i + 1 for i, b in enumerate(data) if b == 10]
-    for size in {0, 1, len(data) - 1, len(data), *(e + d for e in ends[:4] for d in (-2, -1, 0, 1)), *(rng.randrange(len(data)) for _ in range(10))}:
+    for size in {0, 1, len(data) - 1, len(data), *(e + d for e in ends[:4] for d in (-2, -1, 0, 1)),
+                 *(rng.randrange(len(data)) for _ in range(10))}:
         out.write_bytes(data[:size])
         M.main(flags(pair, out))
         assert out.read_bytes() == data, size
@@ -107,11 +128,15 @@ def test_resumes_wherever_the_file_was_cut(pair, answers, tmp_path, monkeypatch)
 
 def test_goes_on_after_a_kill(pair, answers, tmp_path):
     out = tmp_path / "a.jsonl"
-    code = ("import make_judge_data as M, sys, torch; from tasks import TASKS, Score; torch.set_num_threads(1); t = TASKS['demo']; "
-            "t.max_new_tokens = 24; t.score = lambda self, e, text: Score(len(text) % 3 > 0, 'toy'); M.main(sys.argv[1:])")
-    process = subprocess.Popen([sys.executable, "-c", code, *flags(pair, out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = ("import make_judge_data as M, sys, torch; from tasks import TASKS, Score; "
+            "torch.set_num_threads(1); t = TASKS['demo']; "
+            "t.max_new_tokens = 24; t.score = lambda self, e, text: Score(len(text) % 3 > 0, "
+            "'toy'); M.main(sys.argv[1:])")
+    process = subprocess.Popen([sys.executable, "-c", code, *flags(pair, out)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while (not out.exists() or out.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline and process.poll() is None:
+    while (not out.exists() or out.read_bytes().count(b"\n")
+           < 3) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -127,14 +152,19 @@ def test_more_is_added_and_other_settings_are_refused_by_name(pair, answers, tmp
     M.main(flags(pair, out, "--limit", "2"))  # more prompts, more samples
     assert len(lines_of(out)) == 2 * 6 * 3 and all(a in lines_of(answers) for a in lines_of(out))
     before = out.read_bytes()
-    for more, message in ((["--seed", "1"], "seed was 0, now 1"), (["--max_new_tokens", "5"], "max_new_tokens was None, now 5")):
+    for more, message in ((["--seed", "1"], "seed was 0, now 1"),
+                          (["--max_new_tokens", "5"], "max_new_tokens was None, now 5")):
         with pytest.raises(UserError, match=message):
             M.main(flags(pair, out, *more))
     shutil.copytree(pair / "draft", tmp_path / "target")
     with pytest.raises(UserError, match="model target was .*, now "):
-        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(tmp_path / "target"), "--device", "cpu", "--out", str(out)])
-    with pytest.raises(UserError, match="model target is now called .*/target"):  # else its answers would be made again
-        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(pair / "target"), str(tmp_path / "target"), "--device", "cpu", "--out", str(out)])
+        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models",
+                str(tmp_path / "target"), "--device", "cpu", "--out", str(out)])
+    # else its answers would be made again
+    with pytest.raises(UserError, match="model target is now called .*/target"):
+        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models",
+                str(pair / "target"), str(tmp_path / "target"), "--device", "cpu", "--out",
+                str(out)])
     (tmp_path / "a.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match="not known how it was made"):
         M.main(flags(pair, out))
@@ -145,17 +175,21 @@ def test_models_are_told_apart_by_the_shortest_names(tmp_path):
     for d in ("a/target", "b/target", "b/draft"):
         (tmp_path / d).mkdir(parents=True)
     assert list(M.names_of([tmp_path / "b/target", tmp_path / "b/draft"])) == ["target", "draft"]
-    assert list(M.names_of([tmp_path / "a/target", tmp_path / "b/target", tmp_path / "b/target"])) == ["a/target", "b/target"]
+    assert list(M.names_of([tmp_path / "a/target", tmp_path / "b/target",
+                            tmp_path / "b/target"])) == ["a/target", "b/target"]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real files are not here")
 @pytest.mark.parametrize("name,task,count", [
-    ("gsm8k_test.jsonl", "gsm8k", 1319), ("gsm8k_train_1000.jsonl", "gsm8k", 1000), ("HumanEval.jsonl.gz", "humaneval", 164),
+    ("gsm8k_test.jsonl", "gsm8k", 1319), ("gsm8k_train_1000.jsonl", "gsm8k", 1000),
+    ("HumanEval.jsonl.gz", "humaneval", 164),
     ("ARC-Challenge-Test.jsonl", "arc", 1172), ("alpaca_80.jsonl", None, 80)])
 def test_real_files_are_recognised(name, task, count):
-    args = SimpleNamespace(prompts=DATA / name, task=None, chat=False, allow_code_execution=True, limit=None)
+    args = SimpleNamespace(prompts=DATA / name, task=None, chat=False, allow_code_execution=True,
+                           limit=None)
     prompts = M.read_prompts(args)
-    assert len(prompts) == count and {p["task"] for p in prompts} == {task} and len({p["example"]["id"] for p in prompts}) == count
+    assert len(prompts) == count and {p["task"] for p in prompts} == {task} and len(
+        {p["example"]["id"] for p in prompts}) == count
     assert prompts[-1]["where"].endswith(f"line {count}") and all(p["text"] for p in prompts)
     args.limit = 3
     assert M.read_prompts(args) == prompts[:3]
@@ -167,8 +201,10 @@ def test_real_files_are_recognised(name, task, count):
 
 def test_plain_prompts_of_three_kinds(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "domain": "d"}\n\n{"instruction": "b", "input": "c"}\n{"turns": ["e", "f"], "category": ""}\n')
-    args = SimpleNamespace(prompts=path, task=None, chat=False, allow_code_execution=False, limit=None)
+    path.write_text('{"prompt": "a", "domain": "d"}\n\n{"instruction": "b", "input": '
+                    '"c"}\n{"turns": ["e", "f"], "category": ""}\n')
+    args = SimpleNamespace(prompts=path, task=None, chat=False, allow_code_execution=False,
+                           limit=None)
     got = [(p["text"], p["example"]["domain"], p["example"]["id"]) for p in M.read_prompts(args)]
     assert got == [("a", "d", "line 1"), ("b\n\nc", "alpaca", "line 3"), ("e", "alpaca", "line 4")]
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
@@ -179,12 +215,17 @@ def test_plain_prompts_of_three_kinds(tmp_path):
 # ---------------------------------------------------------------- mine
 
 def from_scratch(pair):
-    """`Continuations` as it is meant: a new engine for every prefix, so that no cache is shared. (ask, tokenizer)"""
-    tokenizer, model = Tokenizer.from_dir(pair / "target"), G.load(pair / "target", dtype=torch.float32)
+    """`Continuations` as it is meant: a new engine for every prefix, so that no cache is shared.
+
+    (ask, tokenizer)
+    """
+    tokenizer, model = Tokenizer.from_dir(pair / "target"), G.load(pair / "target",
+                                                                   dtype=torch.float32)
 
     def asker(prompt, limit):
         def ask(prefix):
-            new = G.generate(G.Engine(model), prompt + prefix, limit - len(prefix), tokenizer.eos_ids).tokens if limit > len(prefix) else [-1]
+            new = G.generate(G.Engine(model), prompt + prefix, limit - len(prefix),
+                             tokenizer.eos_ids).tokens if limit > len(prefix) else [-1]
             ended = new[-1] in tokenizer.eos_ids
             tokens = prefix + [t for t in new if t >= 0 and t not in tokenizer.eos_ids]
             text = tokenizer.decode_new(prompt, tokens)
@@ -219,15 +260,19 @@ def brute_force(pair, answers):
 
 
 @pytest.mark.parametrize("draft", [False, True])
-def test_first_errors_equal_brute_force_over_all_prefixes(pair, answers, brute_force, tmp_path, capsys, draft):
+def test_first_errors_equal_brute_force_over_all_prefixes(pair, answers, brute_force, tmp_path,
+                                                          capsys, draft):
     out, (want, left_out) = tmp_path / "m.jsonl", brute_force
-    M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--method", "first_error", "--device", "cpu", "--out", str(out),
+    M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--method",
+            "first_error", "--device", "cpu", "--out", str(out),
             *(["--draft", str(pair / "draft"), "--speculate_k", "3"] if draft else [])])
     said = capsys.readouterr().out
     assert [(m["prompt"], m["answer"], m["error"]) for m in read_data(out)] == want
-    assert sum(e is not None for *_, e in want) >= 10 and sum(bool(e) and e[0] > 0 for *_, e in want) >= 3
+    assert sum(e is not None for *_, e in want) >= 10 and sum(bool(e) and e[0] > 0 for *_,
+                                                              e in want) >= 3
     left = said[said.index("left out: "):]
-    assert left_out == sum(int(n.split()[0]) for n in left.removeprefix("left out: ").split("; ")) and FAILS in left
+    assert left_out == sum(int(n.split()[0])
+                           for n in left.removeprefix("left out: ").split("; ")) and FAILS in left
     assert "were in the cache already" in said and "so it saved about" in said
     assert not list(tmp_path.glob("*.part*"))
 
@@ -243,19 +288,25 @@ def some(answers, out, count):
 def test_mining_resumes_wherever_it_was_cut(pair, answers, tmp_path, monkeypatch, method):
     out, kept = tmp_path / "m.jsonl", []
     part, settings = tmp_path / "m.jsonl.part", tmp_path / "m.jsonl.part.settings.json"
-    command = ["mine", "--data", str(some(answers, tmp_path / "a.jsonl", 2)), "--target", str(pair / "target"), "--draft", str(pair / "draft"),
+    command = ["mine", "--data", str(some(answers, tmp_path / "a.jsonl", 2)), "--target",
+               str(pair / "target"), "--draft", str(pair / "draft"),
                "--device", "cpu", "--out", str(out), "--method"]
     with monkeypatch.context() as m:
-        m.setattr(M.Log, "remove", lambda self: kept.extend((self.path.read_bytes(), self.about.read_bytes())))
+        m.setattr(M.Log, "remove",
+                  lambda self: kept.extend((self.path.read_bytes(), self.about.read_bytes())))
         M.main([*command, method])
     whole = out.read_bytes()
     results = [json.loads(line) for line in kept[0].splitlines()]
-    monkeypatch.setattr(M.Miner, method, lambda self, line: (r := results[order.index(line["where"].rsplit(" ", 1)[1])]).get("lines") or r["left_out"])
+    monkeypatch.setattr(M.Miner, method, lambda self,
+                        line: (r := results[order.index(line["where"].rsplit(" ", 1)[1])]).get(
+                            "lines") or r["left_out"])
     lines = lines_of(tmp_path / "a.jsonl")
     order = []  # of the lines' numbers: one prompt's together
     for prompt in dict.fromkeys(a["prompt"] for a in lines):
-        order += [str(i) for i, a in enumerate(lines, 1) if a["prompt"] == prompt][:1 if method == "autojudge" else None]
-    for size in {0, 1, *(random.Random(0).randrange(len(kept[0])) for _ in range(8)), len(kept[0]) - 1, len(kept[0])}:
+        order += [str(i) for i, a in enumerate(lines, 1) if a["prompt"]
+                  == prompt][:1 if method == "autojudge" else None]
+    for size in {0, 1, *(random.Random(0).randrange(len(kept[0])) for _ in range(8)),
+                 len(kept[0]) - 1, len(kept[0])}:
         part.write_bytes(kept[0][:size])
         settings.write_bytes(kept[1])
         out.unlink(missing_ok=True)
@@ -269,12 +320,16 @@ def test_mining_resumes_wherever_it_was_cut(pair, answers, tmp_path, monkeypatch
 
 
 def test_autojudge_equals_brute_force(pair, answers, tmp_path):
-    """The walk written anew, from scratch at every step: labels of single tokens against the lines of `mine`."""
+    """The walk written anew, from scratch at every step: labels of single tokens against the lines
+    of `mine`.
+    """
     out, answers = tmp_path / "m.jsonl", some(answers, tmp_path / "a.jsonl", 3)
-    M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--draft", str(pair / "draft"), "--method", "autojudge", "--device", "cpu",
+    M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--draft",
+            str(pair / "draft"), "--method", "autojudge", "--device", "cpu",
             "--speculate_k", "3", "--out", str(out)])
     asker, tokenizer = from_scratch(pair)
-    draft, lines, mined = G.load(pair / "draft", dtype=torch.float32), lines_of(answers), read_data(out)
+    draft, lines, mined = G.load(pair / "draft", dtype=torch.float32), lines_of(answers), read_data(
+        out)
     important = unimportant = 0
     for text in dict.fromkeys(a["prompt"] for a in lines):
         prompt, labels, final = tokenizer.encode(text), [], None
@@ -295,13 +350,16 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
             if m["error"]:
                 assert whole[m["answer"]] and m["error"][1] == len(m["answer"])
                 ids, offsets = tokenizer.encode_with_offsets(m["answer"], continuation=True)
-                swapped = next(t for t, _ in labels if tokenizer.decode_new(prompt, t) == m["answer"])[-1]
-                assert label_tokens(offsets, m["error"]) == [1] * (len(ids) - 1) + [0] and ids[-1] == swapped
+                swapped = next(t for t, _ in labels if tokenizer.decode_new(prompt, t)
+                               == m["answer"])[-1]
+                assert label_tokens(offsets, m["error"]) == [1] * (len(ids) - 1) + [0] and ids[
+                    -1] == swapped
                 important += 1
             else:
                 assert m["answer"] == final
                 unimportant += len(m["unimportant"])
-        same = [t for t, wrong in labels if wrong and tokenizer.encode(tokenizer.decode_new(prompt, t), continuation=True) == t]
+        same = [t for t, wrong in labels if wrong
+                and tokenizer.encode(tokenizer.decode_new(prompt, t), continuation=True) == t]
         assert sum(m["error"] is not None for m in got) >= len(same)  # all that can be marked are
         assert bool(final) == any(m["error"] is None for m in got)
     assert important >= 5 and unimportant >= 5
@@ -310,7 +368,9 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
 
 
 def test_searches_on_made_up_outcomes():
-    """Texts of 0s; a prefix is good or not as `good` says, and the path from it goes on as the answer does for `agree` tokens."""
+    """Texts of 0s; a prefix is good or not as `good` says, and the path from it goes on as the
+    answer does for `agree` tokens.
+    """
     rng = random.Random(0)
     for _ in range(3000):
         n = rng.randrange(1, 20)
@@ -341,7 +401,9 @@ def test_searches_on_made_up_outcomes():
 
 @pytest.mark.parametrize("search", [scan, bisect])
 def test_searches_end_where_a_stop_string_begins_in_the_answer(search):
-    """The target's next token completes a stop string, so that the outcome's tokens are fewer than the prefix's."""
+    """The target's next token completes a stop string, so that the outcome's tokens are fewer than
+    the prefix's.
+    """
     answer, asked = list(range(9)), []
     for last_good in range(len(answer) + 1):
         asked.clear()
@@ -357,10 +419,12 @@ def test_searches_end_where_a_stop_string_begins_in_the_answer(search):
 def test_what_the_cache_holds_is_not_read_again(pair):
     """The counts equal what the engine reads, and the seconds saved are real."""
     tokenizer = Tokenizer.from_dir(pair / "target")
-    config = tiny_config(vocab_size=1024, max_position_embeddings=2048, hidden_size=128, num_hidden_layers=4)
+    config = tiny_config(vocab_size=1024, max_position_embeddings=2048, hidden_size=128,
+                         num_hidden_layers=4)
     engine = G.Engine(random_model(config, seed=3))
     read, plain = [], engine.read
-    engine.read = lambda model, start: read.append(len(engine.tokens) - start) or plain(model, start)
+    engine.read = lambda model, start: read.append(len(engine.tokens) - start) or plain(
+        model, start)
     go_on = Continuations(engine, tokenizer, 900)
     prompt, answer = [t % 1000 + 3 for t in range(1200)], [t % 89 + 5 for t in range(600)]
     go_on.start(prompt, lambda text: True)
@@ -368,7 +432,8 @@ def test_what_the_cache_holds_is_not_read_again(pair):
     for n in range(0, 600, 60):
         go_on.limit = n + 2
         go_on(answer[:n])
-    assert go_on.asked == len(read) == 10 and go_on.read == sum(read) and go_on.read + go_on.cached == sum(1200 + n for n in range(0, 600, 60))
+    assert go_on.asked == len(read) == 10 and go_on.read == sum(
+        read) and go_on.read + go_on.cached == sum(1200 + n for n in range(0, 600, 60))
     assert go_on.read < 1900 and go_on.known == 0 and len(go_on.sample) == mining.SAMPLE
     rest = [(tokens, seconds) for tokens, seconds in go_on.sample if len(tokens) > 1200]
     anew = sum(mining.read_anew(engine, tokens) for tokens, _ in rest)
@@ -379,7 +444,9 @@ def test_what_the_cache_holds_is_not_read_again(pair):
 # ---------------------------------------------------------------- characters
 
 def test_marks_hold_whole_characters(homes):  # noqa: F811
-    """By bytes: a mark is the characters that hold a byte of the token, and train_judge labels it and nothing before it."""
+    """By bytes: a mark is the characters that hold a byte of the token, and train_judge labels it
+    and nothing before it.
+    """
     found = 0
     for t in every(homes):
         prompt = t.encode("Q: what?\nA:")
@@ -391,16 +458,20 @@ def test_marks_hold_whole_characters(homes):  # noqa: F811
                 begin = len(b"".join(map(t.token_bytes, tokens[:at])))
                 end = begin + len(t.token_bytes(tokens[at]))
                 edges = [len(text[:i].encode()) for i in range(len(text) + 1)]
-                a, b = max(i for i, e in enumerate(edges) if e <= begin), min(i for i, e in enumerate(edges) if e >= end)
+                a, b = max(i for i, e in enumerate(edges)
+                           if e <= begin), min(i for i, e in enumerate(edges) if e >= end)
                 mark = characters(t, prompt, tokens, at)
                 if mark is None:  # cut here, the text has other tokens
-                    assert t.encode(text[:b], continuation=True) != tokens[:len(t.encode(text[:b], continuation=True))]
+                    assert t.encode(text[:b],
+                                    continuation=True) != tokens[
+                                        :len(t.encode(text[:b], continuation=True))]
                     continue
                 found += 1
                 assert mark == (text[:b], [a, b])
                 ids, offsets = t.encode_with_offsets(mark[0], continuation=True)
                 first = next(i for i, (_, e) in enumerate(offsets) if e > a)
-                assert label_tokens(offsets, mark[1]) == [1] * first + [0] * (len(ids) - first) and tokens[at] in ids[first:]
+                assert label_tokens(offsets, mark[1]) == [1] * first + [0] * (
+                    len(ids) - first) and tokens[at] in ids[first:]
     assert found > 1000
 
 
@@ -408,9 +479,11 @@ def test_a_text_that_is_cut_otherwise_gets_no_mark(homes):  # noqa: F811
     t = Tokenizer.from_dir(homes["tt"])
     byte = lambda text: [t.encode(c, continuation=True)[0] for c in text]
     assert characters(t, [], byte("x the"), 4) is None  # "the" is one token
-    assert characters(t, [], byte("the x"), 4) == ("the x", [4, 5])  # what was cut otherwise lies before
+    # what was cut otherwise lies before
+    assert characters(t, [], byte("the x"), 4) == ("the x", [4, 5])
     emoji = t.encode("🎉", continuation=True)
-    assert [characters(t, [], byte("ab") + emoji + byte("c"), at) for at in range(2, 6)] == [("ab🎉", [2, 3])] * 4
+    assert [characters(t, [], byte("ab") + emoji + byte("c"), at)
+            for at in range(2, 6)] == [("ab🎉", [2, 3])] * 4
     assert characters(t, [], byte("ab") + emoji[:2], 3) is None  # never completed
     assert characters(t, [], byte("ab") + emoji[1:], 2) is None  # never begun
 
@@ -419,12 +492,15 @@ def test_a_text_that_is_cut_otherwise_gets_no_mark(homes):  # noqa: F811
 
 def test_merge_splits_by_prompt(tmp_path, capsys):
     rng, files = random.Random(0), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    lines = [{"prompt": f"p{i % 20}", "answer": f"an answer {i} 🎉", "error": [3, 9] if i % 3 else None, "domain": "dg"[i % 2], "source_model": "m"} for i in range(60)]
+    lines = [{"prompt": f"p{i % 20}", "answer": f"an answer {i} 🎉", "error": [3, 9] if i % 3
+              else None, "domain": "dg"[i % 2], "source_model": "m"} for i in range(60)]
     files[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = rng.sample(lines, 10)
-    files[1].write_text("".join(json.dumps(line | {"error": [0, 2]} if i < 4 else line) + "\n" for i, line in enumerate(again)))
+    files[1].write_text("".join(json.dumps(line | {"error": [0, 2]} if i < 4 else line) + "\n"
+                                for i, line in enumerate(again)))
     train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
-    command = ["merge", *map(str, files), "--train", str(train), "--val", str(val), "--val_share", "0.25"]
+    command = ["merge", *map(str, files), "--train", str(train), "--val", str(val), "--val_share",
+               "0.25"]
     M.main([*command, "--target", str(DEMO / "target")])
     said = capsys.readouterr().out
     a, b = lines_of(train), lines_of(val)
@@ -434,7 +510,8 @@ def test_merge_splits_by_prompt(tmp_path, capsys):
     assert "10 answers came twice and were dropped, 4 of them marked otherwise" in said and "tokens" in said and "15 answers" in said
     before = train.read_bytes(), val.read_bytes()
     M.main(command)
-    assert (train.read_bytes(), val.read_bytes()) == before and "characters" in capsys.readouterr().out
+    assert (train.read_bytes(),
+            val.read_bytes()) == before and "characters" in capsys.readouterr().out
     M.main([*command, "--seed", "5"])
     assert train.read_bytes() != before[0]
 
@@ -443,9 +520,12 @@ def test_merge_refuses(tmp_path):
     path, train, val = tmp_path / "a.jsonl", tmp_path / "t.jsonl", tmp_path / "v.jsonl"
     command = ["merge", str(path), "--train", str(train), "--val", str(val)]
     line = lambda i, error: json.dumps({"prompt": f"p{i}", "answer": "abc", "error": error}) + "\n"
-    for text, message in (("".join(line(i, None) for i in range(9)), "no answer of the train part has an error marked"),
-                          (line(0, [0, 1]), "one prompt only"), (line(0, [0, 1]) + line(1, [2, 4]), "a.jsonl line 2: 'error' is"),
-                          (line(0, [0, 1]) + line(1, [2, 1]), "a.jsonl line 2: 'error' is"), (line(0, [1, 1]), "a.jsonl line 1: 'error' is")):
+    for text, message in (("".join(line(i, None) for i in range(9)), "no answer of the train part "
+                           "has an error marked"),
+                          (line(0, [0, 1]), "one prompt only"),
+                          (line(0, [0, 1]) + line(1, [2, 4]), "a.jsonl line 2: 'error' is"),
+                          (line(0, [0, 1]) + line(1, [2, 1]), "a.jsonl line 2: 'error' is"),
+                          (line(0, [1, 1]), "a.jsonl line 1: 'error' is")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             M.main(command)
@@ -456,34 +536,53 @@ def test_merge_refuses(tmp_path):
 
 def test_refusals(pair, answers, homes, tmp_path, monkeypatch):  # noqa: F811
     out = tmp_path / "o.jsonl"
-    mine = ["mine", "--data", str(answers), "--target", str(pair / "target"), "--out", str(out), "--device", "cpu", "--method"]
-    other = save_checkpoint(tmp_path / "other", random_model(config := tiny_config(vocab_size=1024), seed=2), config)
+    mine = ["mine", "--data", str(answers), "--target", str(pair / "target"), "--out", str(out),
+            "--device", "cpu", "--method"]
+    other = save_checkpoint(tmp_path / "other",
+                            random_model(config := tiny_config(vocab_size=1024), seed=2), config)
     shutil.copy(homes["tt"] / "tokenizer.model", other)
     long, lines = tmp_path / "long.jsonl", lines_of(answers)
-    long.write_text(json.dumps({"prompt": "short"}) + "\n" + json.dumps({"prompt": "long " * 3000}) + "\n")
+    long.write_text(json.dumps({"prompt": "short"}) + "\n" + json.dumps({"prompt": "long " * 3000})
+                    + "\n")
     bad = tmp_path / "bad.jsonl"
-    bad.write_text(json.dumps(lines[0]) + "\n" + json.dumps({k: v for k, v in lines[1].items() if k != "right"}) + "\n")
+    bad.write_text(json.dumps(lines[0]) + "\n"
+                   + json.dumps({k: v for k, v in lines[1].items() if k != "right"}) + "\n")
     wordy = tmp_path / "wordy.jsonl"
-    wordy.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[1] | {"answer": "no " * 3000}) + "\n")
+    wordy.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[1] | {"answer": "no " * 3000})
+                     + "\n")
     plain = tmp_path / "plain.jsonl"
     plain.write_text(json.dumps(lines[0] | {"task": None}) + "\n")
     code = tmp_path / "code.jsonl"
-    example = {"task_id": "x/1", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): pass", "domain": "humaneval", "id": "x/1"}
+    example = {"task_id": "x/1", "prompt": "def f():\n", "entry_point": "f",
+               "test": "def check(f): pass", "domain": "humaneval", "id": "x/1"}
     code.write_text(json.dumps(lines[0] | {"task": "humaneval", "example": example}) + "\n")
     use = lambda path: [str(path) if x == str(answers) else x for x in mine]
-    generate = ["generate", "--models", str(pair / "target"), "--device", "cpu", "--out", str(out), "--prompts"]
+    generate = ["generate", "--models", str(pair / "target"), "--device", "cpu", "--out", str(out),
+                "--prompts"]
     for command, message in (
-            ([*mine, "autojudge"], "--method autojudge needs --draft"), ([*mine, "autojudge", "--draft", str(other)], "different tokenizers; speculation needs the same"),
-            ([*mine, "autojudge", "--draft", str(pair / "draft"), "--search", "bisect"], "--search is for --method first_error"),
-            ([*use(bad), "first_error"], "bad.jsonl, line 2: 'right' is missing"), ([*use(wordy), "first_error"], "wordy.jsonl, line 2: prompt and answer have"),
-            ([*use(plain), "first_error"], "no answers of a task with a checker"), ([*use(code), "first_error"], "--allow_code_execution"),
-            ([*use(tmp_path / "none"), "first_error"], "cannot read"), ([*generate, str(long)], "long.jsonl, line 2: the prompt has .* whose context is 512"),
-            ([*generate, str(answers), "--temperatures", "0,-1"], "--temperatures is '0,-1'"), ([*generate, str(answers), "--temperatures", "x"], "--temperatures"),
-            ([*generate, str(answers), "--samples", "0"], "--samples is 0"), ([*generate, str(answers), "--limit", "0"], "--limit is 0"),
-            ([*generate, str(answers), "--task", "gsm8k"], "is a file of demo"), ([*generate[:-3], "--out", str(tmp_path / "no" / "o"), "--prompts", str(answers)], "no is not a directory"),
+            ([*mine, "autojudge"], "--method autojudge needs --draft"),
+            ([*mine, "autojudge", "--draft", str(other)], "different tokenizers; speculation "
+             "needs the same"),
+            ([*mine, "autojudge", "--draft", str(pair / "draft"), "--search", "bisect"],
+             "--search is for --method first_error"),
+            ([*use(bad), "first_error"], "bad.jsonl, line 2: 'right' is missing"),
+            ([*use(wordy), "first_error"], "wordy.jsonl, line 2: prompt and answer have"),
+            ([*use(plain), "first_error"], "no answers of a task with a checker"),
+            ([*use(code), "first_error"], "--allow_code_execution"),
+            ([*use(tmp_path / "none"), "first_error"], "cannot read"),
+            ([*generate, str(long)], "long.jsonl, line 2: the prompt has .* whose context is 512"),
+            ([*generate, str(answers), "--temperatures", "0,-1"], "--temperatures is '0,-1'"),
+            ([*generate, str(answers), "--temperatures", "x"], "--temperatures"),
+            ([*generate, str(answers), "--samples", "0"], "--samples is 0"),
+            ([*generate, str(answers), "--limit", "0"], "--limit is 0"),
+            ([*generate, str(answers), "--task", "gsm8k"], "is a file of demo"),
+            ([*generate[:-3], "--out", str(tmp_path / "no" / "o"), "--prompts", str(answers)],
+             "no is not a directory"),
     ):
         with pytest.raises(UserError, match=message) as e:
             M.main(command)
         assert "\n" not in str(e.value) and not list(tmp_path.glob("o.jsonl*")), message
-    done = subprocess.run([sys.executable, ROOT / "make_judge_data.py", *mine, "autojudge"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: --method autojudge") and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, ROOT / "make_judge_data.py", *mine, "autojudge"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: --method autojudge") and done.stderr.count("\n") == 1

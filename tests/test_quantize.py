@@ -1,4 +1,6 @@
-"""linear.py, linear_triton.py and quantize.py: each mode against float64, and a quantized checkpoint wherever a plain one goes."""
+"""linear.py, linear_triton.py and quantize.py: each mode against float64, and a quantized
+checkpoint wherever a plain one goes.
+"""
 import functools
 import json
 import os
@@ -24,10 +26,12 @@ from linear import MODES, Fp8Linear, Int4Linear, Int8Linear, Quantization
 from model import ModelConfig, fingerprint, load
 
 ROOT = Path(__file__).parents[1]
-LAYERS = {"int8": (Int8Linear, None), **{f"int4 {g}": (Int4Linear, g) for g in linear.GROUP_SIZES}, "fp8": (Fp8Linear, None)}
+LAYERS = {"int8": (Int8Linear, None), **{f"int4 {g}": (Int4Linear, g) for g in linear.GROUP_SIZES},
+          "fp8": (Fp8Linear, None)}
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of an error relative to the whole product
-CONFIG = tiny_config(hidden_size=128, intermediate_size=192, head_dim=32, vocab_size=112)  # multiples of 16 for fp8, 64 for int4
+# multiples of 16 for fp8, 64 for int4
+CONFIG = tiny_config(hidden_size=128, intermediate_size=192, head_dim=32, vocab_size=112)
 
 
 def layer_of(name, n_in, n_out, bias=False, device="cpu"):
@@ -47,8 +51,11 @@ def dense(layer):
     group = w.shape[1] * 2 // scale.shape[1]
     columns = [(c // group, c % group) for c in range(w.shape[1] * 2)]
     byte = w[:, [g * group // 2 + i % (group // 2) for g, i in columns]]
-    q = torch.where(torch.tensor([i < group // 2 for _, i in columns]), byte % 16, byte // 16).double()
-    return (q - 8) * scale.repeat_interleave(group, 1) + layer.zero.cpu().double().repeat_interleave(group, 1)
+    q = torch.where(torch.tensor([i < group // 2 for _, i in columns]), byte % 16,
+                    byte // 16).double()
+    return (q - 8) * scale.repeat_interleave(group,
+                                             1) + layer.zero.cpu().double().repeat_interleave(
+                                                 group, 1)
 
 
 def error(got, want):
@@ -57,13 +64,15 @@ def error(got, want):
 
 # ---------------------------------------------------------------- layers
 
-@pytest.mark.parametrize("name,bound", [("int8", 0.01), ("int4 32", 0.09), ("int4 64", 0.1), ("int4 128", 0.11), ("int4 256", 0.12), ("fp8", 0.03)])
+@pytest.mark.parametrize("name,bound", [("int8", 0.01), ("int4 32", 0.09), ("int4 64", 0.1),
+                                        ("int4 128", 0.11), ("int4 256", 0.12), ("fp8", 0.03)])
 def test_rounding_error_of_a_normal_weight(name, bound):
     torch.manual_seed(0)
     layer, weight = layer_of(name, 512, 64)
     assert bound / 3 < error(dense(layer), weight.double()) < bound
     if name == "int4 32":
-        assert torch.equal(layer.unpack().flatten(1)[:, 16], layer.weight[:, 0] >> 4)  # the layout that the docstring promises
+        # the layout that the docstring promises
+        assert torch.equal(layer.unpack().flatten(1)[:, 16], layer.weight[:, 0] >> 4)
 
 
 @functools.cache
@@ -80,7 +89,8 @@ def skip_without_fp8(mode, device="cpu"):
     if mode == "fp8" and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9 or better")
     if mode == "fp8" and device == "cpu" and not cpu_multiplies_fp8():
-        pytest.skip("this PyTorch does not imitate fp8 with a scale for each row on a CPU; 2.13 does")
+        pytest.skip("this PyTorch does not imitate fp8 with a scale for each row on a CPU; 2.13 "
+                    "does")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -98,7 +108,8 @@ def test_product_against_float64(name, dtype, device):
         for rows in (1, 17, 26, 64, 65):
             x = torch.randn(1, rows, n_in).to(dtype)
             read = x.double()
-            if name == "fp8":  # activations are rounded too: that part of the error is the mode's, not the product's
+            # activations are rounded too: that part of the error is the mode's, not the product's
+            if name == "fp8":
                 r = layer.quantize(x[0])
                 read = (r["weight"].double() * r["scale"].double()[:, None])[None]
             y = layer(x.to(device))
@@ -127,7 +138,8 @@ def test_a_weight_that_is_widened_in_blocks(monkeypatch):
         layer, _ = layer_of("int8", 96, 101)
         x = torch.randn(26, 96).to(dtype)
         assert error(layer(x), x.double() @ dense(layer).T) < bound
-        assert error(torch.compile(layer, fullgraph=True, dynamic=False)(x), x.double() @ dense(layer).T) < bound
+        assert error(torch.compile(layer, fullgraph=True, dynamic=False)(x),
+                     x.double() @ dense(layer).T) < bound
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -142,14 +154,17 @@ def test_rows_of_zeros_and_of_one_value(name):
 
 @pytest.mark.parametrize("name", ["int8", "int4 32", "fp8"])
 def test_tensors_can_be_sliced_along_both_dimensions(name):
-    """What tensor parallelism does: rows of every tensor, or columns at a multiple of the group size."""
+    """What tensor parallelism does: rows of every tensor, or columns at a multiple of the group
+    size.
+    """
     layer, _ = layer_of(name, 128, 32)
     W, tensors = dense(layer), layer.state_dict()
     rows, _ = layer_of(name, 128, 16)
     rows.load_state_dict({k: t[16:] for k, t in tensors.items()})
     assert torch.equal(dense(rows), W[16:])
     columns, _ = layer_of(name, 64, 32)
-    columns.load_state_dict({k: t if t.dim() == 1 else t[:, t.shape[1] // 2:] for k, t in tensors.items()})
+    columns.load_state_dict({k: t if t.dim() == 1 else t[:, t.shape[1] // 2:] for k,
+                             t in tensors.items()})
     assert torch.equal(dense(columns), W[:, 64:])
 
 
@@ -173,13 +188,18 @@ print("right")
 
 
 def test_triton_kernels_against_float64():
-    """On a GPU as they are; without one in Triton's interpreter, which computes tl.dot wrongly in bfloat16, so in float16 instead."""
-    pytest.importorskip("triton", reason="neither a GPU nor Triton (pip install triton: its interpreter will do)")
+    """On a GPU as they are; without one in Triton's interpreter, which computes tl.dot wrongly in
+    bfloat16, so in float16 instead.
+    """
+    pytest.importorskip("triton", reason="neither a GPU nor Triton (pip install triton: its "
+                        "interpreter will do)")
     env = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", INTERPRETER], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", INTERPRETER], env=env, capture_output=True,
+                          text=True)
     if "only 0-dimensional arrays" in done.stderr:
-        pytest.skip("this Triton's interpreter does not work with this numpy; Triton 3.6 needs numpy below 2.4")
+        pytest.skip("this Triton's interpreter does not work with this numpy; Triton 3.6 needs "
+                    "numpy below 2.4")
     assert done.stdout == "right\n", done.stderr
 
 
@@ -194,11 +214,13 @@ def shard(directory, count=3):
         part = dict(list(weights.items())[i::count])
         save_file(part, directory / name)
         where |= dict.fromkeys(part, name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def run_main(monkeypatch, source, out, *args):
-    monkeypatch.setattr(sys, "argv", ["quantize", "--checkpoint_dir", str(source), "--out", str(out), *args])
+    monkeypatch.setattr(sys, "argv", ["quantize", "--checkpoint_dir", str(source), "--out",
+                                      str(out), *args])
     cli.run(quantize.main)
     return out
 
@@ -206,7 +228,8 @@ def run_main(monkeypatch, source, out, *args):
 def cases(config=CONFIG):
     for mode in MODES:
         yield pytest.param(config, mode, id=mode)
-    yield pytest.param(tiny_config(**config | dict(architectures=["Qwen2ForCausalLM"])), "int8", id="bias")
+    yield pytest.param(tiny_config(**config | dict(architectures=["Qwen2ForCausalLM"])), "int8",
+                       id="bias")
     yield pytest.param(tiny_config(**config | dict(tie_word_embeddings=True)), "int4", id="tied")
 
 
@@ -218,7 +241,8 @@ def fp8_anywhere(monkeypatch):
 
 def text(model, draft=None, k=5):
     """40 tokens of greedy decoding, with standard speculation if there is a draft."""
-    return generate(Engine(model, draft, accept="standard", speculate_k=k), [5, 9, 17, 3], 40).tokens
+    return generate(Engine(model, draft, accept="standard", speculate_k=k), [5, 9, 17, 3],
+                    40).tokens
 
 
 @pytest.mark.parametrize("config,mode", [*cases()])
@@ -229,25 +253,31 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
     (source / "tokenizer.model").write_bytes(b"some tokenizer")
     group = ["--group_size", "64"] if mode == "int4" else []
     out = run_main(monkeypatch, source, tmp_path / "q", "--mode", mode, *group)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors",
+                                                     "tokenizer.model"]
     written = json.loads((out / "config.json").read_text())
-    assert written == config | {"quantization": {"mode": mode, "group_size": 64 if group else None, "parent": fingerprint(source)}}
+    assert written == config | {"quantization": {"mode": mode, "group_size": 64 if group else None,
+                                                 "parent": fingerprint(source)}}
 
     shard(source)
-    monkeypatch.setattr("convert_hf_checkpoint.write_weights", lambda wanted, path: real(wanted, path, shard_bytes=30_000))
+    monkeypatch.setattr("convert_hf_checkpoint.write_weights", lambda wanted,
+                        path: real(wanted, path, shard_bytes=30_000))
     monkeypatch.setattr(quantize, "CHUNK", 1000)  # a few rows at a time
     sharded = run_main(monkeypatch, source, tmp_path / "s", "--mode", mode, *group)
     held = {name: w for f in sharded.glob("*.safetensors") for name, w in load_file(f).items()}
     whole = load_file(out / "model.safetensors")
     assert len(list(sharded.glob("*.safetensors"))) > 3 and held.keys() == whole.keys()
-    assert all(torch.equal(w.view(torch.uint8), held[name].view(torch.uint8)) for name, w in whole.items())
+    assert all(torch.equal(w.view(torch.uint8), held[name].view(torch.uint8)) for name,
+               w in whole.items())
     assert fingerprint(out) == fingerprint(sharded) != fingerprint(source)
 
     model = load(sharded, dtype=torch.float32)
     ids = torch.tensor([[5, 9, 17, 3, 60, 7]])
     read = lambda m: m(ids, torch.arange(6), m.new_cache(6))[0]
-    assert 1e-4 < error(read(model), read(plain).double()) < {"int8": 0.03, "int4": 0.4, "fp8": 0.15}[mode]
-    for name, module in model.named_modules():  # the same model with plain layers that hold the rounded weights
+    assert 1e-4 < error(read(model), read(plain).double()) < {"int8": 0.03, "int4": 0.4,
+                                                              "fp8": 0.15}[mode]
+    # the same model with plain layers that hold the rounded weights
+    for name, module in model.named_modules():
         if isinstance(module, linear.QuantizedLinear) and mode != "fp8":
             weight = dense(module).float()
             plain.get_submodule(name).weight.data = weight
@@ -260,11 +290,14 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
 real = convert_hf_checkpoint.write_weights
 
 
-@pytest.mark.parametrize("mode,dtype", [("int8", torch.float32), ("int8", torch.bfloat16), ("int4", torch.float32), ("int4", torch.bfloat16), ("fp8", torch.float32)])
+@pytest.mark.parametrize("mode,dtype", [("int8", torch.float32), ("int8", torch.bfloat16),
+                                        ("int4", torch.float32), ("int4", torch.bfloat16),
+                                        ("fp8", torch.float32)])
 def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere, mode, dtype):
     skip_without_fp8(mode)
     config = CONFIG | dict(num_hidden_layers=1)
-    out = run_main(monkeypatch, save_checkpoint(tmp_path / "m", random_model(config), config), tmp_path / "q", "--mode", mode,
+    out = run_main(monkeypatch, save_checkpoint(tmp_path / "m", random_model(config), config),
+                   tmp_path / "q", "--mode", mode,
                    *(["--group_size", "32"] if mode == "int4" else []))
     model = load(out, dtype=dtype)
     assert model.norm.weight.dtype == dtype and model.layers[0].attn.wo.bias is None
@@ -276,18 +309,25 @@ def test_compiled_verification_equals_eager(tmp_path, monkeypatch, fp8_anywhere,
         args = model, head, torch.arange(rows), torch.arange(rows), model.new_cache(64)
         with torch.inference_mode():
             for got, want in zip(compiled(*args), G.verify(*args)):
-                assert error(got, want.double()) < (1e-5 if dtype == torch.float32 and mode != "fp8" else 0.02)  # fp8: activations that round the other way
+                # fp8: activations that round the other way
+                assert error(got, want.double()) < (1e-5 if dtype == torch.float32 and mode != "fp8"
+                                                    else 0.02)
 
 
 def test_the_judge_of_the_parent_and_of_the_child(tmp_path, monkeypatch):
     source = save_checkpoint(tmp_path / "m", random_model(CONFIG), CONFIG)
-    child, other = (run_main(monkeypatch, source, tmp_path / name, "--mode", name, *more) for name, *more in (("int8",), ("int4", "--group_size", "32")))
+    child, other = (run_main(monkeypatch, source, tmp_path / name, "--mode", name, *more) for name,
+                    *more in (("int8",), ("int4", "--group_size", "32")))
     stranger = save_checkpoint(tmp_path / "x", random_model(CONFIG, seed=9), CONFIG)
-    for trained_on, used_with, taken in ((source, source, True), (source, child, True), (source, other, True), (child, child, True),
-                                         (child, source, False), (other, child, False), (stranger, child, False), (stranger, source, False)):
-        Judge(torch.zeros(1, 128), torch.zeros(1), 0.5, fingerprint(trained_on)).save(tmp_path / "j.safetensors")
+    for trained_on, used_with, taken in ((source, source, True), (source, child, True),
+                                         (source, other, True), (child, child, True),
+                                         (child, source, False), (other, child, False),
+                                         (stranger, child, False), (stranger, source, False)):
+        Judge(torch.zeros(1, 128), torch.zeros(1), 0.5,
+              fingerprint(trained_on)).save(tmp_path / "j.safetensors")
         config = ModelConfig.from_dir(used_with)
-        read = lambda: Judge.load(tmp_path / "j.safetensors", 128, fingerprint(used_with), "the target", config.quantization and config.quantization.parent)
+        read = lambda: Judge.load(tmp_path / "j.safetensors", 128, fingerprint(used_with),
+                                  "the target", config.quantization and config.quantization.parent)
         if taken:
             read()
         else:
@@ -298,11 +338,14 @@ def test_the_judge_of_the_parent_and_of_the_child(tmp_path, monkeypatch):
 def test_generate_takes_the_demo_quantized_with_the_judge_of_its_parent(tmp_path, monkeypatch):
     demo = ROOT / "checkpoints" / "demo"
     out = run_main(monkeypatch, demo / "target", tmp_path / "q", "--mode", "int8")
-    common = ["--target", out, "--draft", demo / "draft", "--prompt", "def", "--max_new_tokens", "5", "--device", "cpu"]
-    go = lambda *more: subprocess.run([sys.executable, ROOT / "generate.py", *common, *more], capture_output=True, text=True)
+    common = ["--target", out, "--draft", demo / "draft", "--prompt", "def", "--max_new_tokens",
+              "5", "--device", "cpu"]
+    go = lambda *more: subprocess.run([sys.executable, ROOT / "generate.py", *common, *more],
+                                      capture_output=True, text=True)
     done = go("--judge", demo / "judge.safetensors")
     assert done.returncode == 0 and "judge: 5 tokens" in done.stderr, done.stderr
-    Judge(torch.zeros(1, 384), torch.zeros(1), 0.5, "0123456789abcdef").save(tmp_path / "j.safetensors")
+    Judge(torch.zeros(1, 384), torch.zeros(1), 0.5,
+          "0123456789abcdef").save(tmp_path / "j.safetensors")
     done = go("--judge", tmp_path / "j.safetensors")
     assert done.returncode == 2 and "trained on target 0123456789abcdef" in done.stderr and done.stderr.count("\n") == 1
 
@@ -334,25 +377,31 @@ print(peak - start)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_memory_does_not_grow_with_the_model(tmp_path, mode):
-    config = tiny_config(vocab_size=16, hidden_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, intermediate_size=8192)
+    config = tiny_config(vocab_size=16, hidden_size=1024, num_hidden_layers=6,
+                         num_attention_heads=8, num_key_value_heads=8, intermediate_size=8192)
     source = tmp_path / "m"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in quantize.Transformer(ModelConfig.from_dict(config)).named_parameters()}
-    save_file({name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, source / "model.safetensors")
+        shapes = {name: p.shape for name,
+                  p in quantize.Transformer(ModelConfig.from_dict(config)).named_parameters()}
+    save_file({name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()},
+              source / "model.safetensors")
     size = (source / "model.safetensors").stat().st_size
     (tmp_path / "q").mkdir()
     glibc = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}  # as in test_convert.py
-    done = subprocess.run([sys.executable, "-c", PEAK, source, tmp_path / "q", mode], cwd=ROOT, env=os.environ | glibc, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", PEAK, source, tmp_path / "q", mode], cwd=ROOT,
+                          env=os.environ | glibc, capture_output=True, text=True, check=True)
     shutil.rmtree(tmp_path)
-    assert size > 3e8 and int(done.stdout) < 1.2e8, (size, done.stdout)  # some copies of a chunk of 16 MB; the largest tensor is 67 MB in float32
+    # some copies of a chunk of 16 MB; the largest tensor is 67 MB in float32
+    assert size > 3e8 and int(done.stdout) < 1.2e8, (size, done.stdout)
 
 
 # ---------------------------------------------------------------- bad input
 
 def edit_config(d, **changes):
-    (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text()) | changes))
+    (d / "config.json").write_text(json.dumps(json.loads((d / "config.json").read_text())
+                                              | changes))
 
 
 def edit_weights(d, change):
@@ -367,24 +416,39 @@ INT4 = ("--mode", "int4", "--group_size", "32")
 @pytest.mark.parametrize("damage,args,message", [
     (lambda d: None, ("--mode", "int3"), "invalid choice: 'int3'"),
     (lambda d: None, ("--mode", "int4", "--group_size", "48"), "invalid choice: 48"),
-    (lambda d: None, ("--mode", "int4", "--group_size", "128"), "group size 128 does not divide the 192 inputs"),
-    (lambda d: None, ("--mode", "int8", "--group_size", "64"), "--group_size has no meaning for --mode int8"),
+    (lambda d: None, ("--mode", "int4", "--group_size", "128"), "group size 128 does not divide "
+     "the 192 inputs"),
+    (lambda d: None, ("--mode", "int8", "--group_size", "64"), "--group_size has no meaning for "
+     "--mode int8"),
     (lambda d: None, (), "--mode"),
-    (lambda d: edit_config(d, quantization={"mode": "int8", "group_size": None, "parent": "x"}), INT4, "is quantized to int8 already"),
-    (lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}), INT4, "quantization_config"),
-    (lambda d: edit_weights(d, lambda w: w.update({"output.weight": torch.zeros(112, 128, dtype=torch.int8)})), INT4, "output.weight is I8; quantize a checkpoint that is not"),
-    (lambda d: (edit_config(d, vocab_size=111), edit_weights(d, lambda w: w.update({n: w[n][:111].clone() for n in ("output.weight", "embed.weight")}))),
+    (lambda d: edit_config(d, quantization={"mode": "int8", "group_size": None, "parent": "x"}),
+     INT4, "is quantized to int8 already"),
+    (lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}), INT4,
+     "quantization_config"),
+    (lambda d: edit_weights(d,
+                            lambda w: w.update(
+                                {"output.weight": torch.zeros(112, 128, dtype=torch.int8)})), INT4,
+     "output.weight is I8; quantize a checkpoint that is not"),
+    (lambda d: (edit_config(d, vocab_size=111),
+                edit_weights(d,
+                             lambda w: w.update({n: w[n][:111].clone()
+                                                 for n in ("output.weight", "embed.weight")}))),
      ("--mode", "fp8"), "128 inputs and 111 outputs is not of multiples of 16"),
-    (lambda d: edit_weights(d, lambda w: w.pop("norm.weight")), INT4, "weight norm.weight is missing"),
-    (lambda d: edit_weights(d, lambda w: w.update({"model.norm.weight": w.pop("norm.weight")})), INT4, "convert the checkpoint first"),
-    (lambda d: edit_weights(d, lambda w: w.update({"norm.weight": torch.zeros(5)})), INT4, "norm.weight has shape [5]"),
-    (lambda d: edit_weights(d, lambda w: w.update({"strange": torch.zeros(5)})), INT4, "strange has no place"),
+    (lambda d: edit_weights(d, lambda w: w.pop("norm.weight")), INT4, "weight norm.weight is "
+     "missing"),
+    (lambda d: edit_weights(d, lambda w: w.update({"model.norm.weight": w.pop("norm.weight")})),
+     INT4, "convert the checkpoint first"),
+    (lambda d: edit_weights(d, lambda w: w.update({"norm.weight": torch.zeros(5)})), INT4,
+     "norm.weight has shape [5]"),
+    (lambda d: edit_weights(d, lambda w: w.update({"strange": torch.zeros(5)})), INT4,
+     "strange has no place"),
     (lambda d: (d / "model.safetensors").write_bytes(b""), INT4, "damaged or truncated"),
     (lambda d: (d / "config.json").unlink(), INT4, "config.json does not exist"),
     (lambda d: shutil.rmtree(d), INT4, "is not a directory"),
     (lambda d: (d.parent / "q").mkdir(), INT4, "exists; remove it or choose another"),
 ])
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, damage, args, message):
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys, damage, args,
+                                                  message):
     source = save_checkpoint(tmp_path / "m", random_model(CONFIG), CONFIG)
     damage(source)
     before = sorted(tmp_path.rglob("*"))
@@ -397,17 +461,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("mode,damage,message", [
-    ("int8", lambda d: edit_config(d, quantization={"mode": "nf4"}), "quantization mode 'nf4' is not known"),
+    ("int8", lambda d: edit_config(d, quantization={"mode": "nf4"}), "quantization mode 'nf4' is "
+     "not known"),
     ("int8", lambda d: edit_config(d, quantization="int8"), "quantization mode None is not known"),
-    ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 48}), "group size 48"),
+    ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 48}),
+     "group size 48"),
     ("int8", lambda d: edit_config(d, quantization=None), "scale has no place"),
-    ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 32}), "has shape|is missing"),
-    ("int8", lambda d: edit_weights(d, lambda w: w.pop("layers.1.ffn.w2.scale")), "layers.1.ffn.w2.scale is missing"),
-    ("int8", lambda d: edit_weights(d, lambda w: w.update({"output.weight": w["output.weight"].float()})), "output.weight is torch.float32"),
+    ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 32}),
+     "has shape|is missing"),
+    ("int8", lambda d: edit_weights(d, lambda w: w.pop("layers.1.ffn.w2.scale")),
+     "layers.1.ffn.w2.scale is missing"),
+    ("int8", lambda d: edit_weights(d,
+                                    lambda w: w.update(
+                                        {"output.weight": w["output.weight"].float()})),
+     "output.weight is torch.float32"),
     ("fp8", lambda d: None, "fp8, which needs a GPU of compute capability 8.9 or better, not cpu"),
 ])
 def test_damaged_quantized_checkpoints_are_named(tmp_path, monkeypatch, mode, damage, message):
-    out = run_main(monkeypatch, save_checkpoint(tmp_path / "m", random_model(CONFIG), CONFIG), tmp_path / "q", "--mode", mode)
+    out = run_main(monkeypatch, save_checkpoint(tmp_path / "m", random_model(CONFIG), CONFIG),
+                   tmp_path / "q", "--mode", mode)
     damage(out)
     with pytest.raises(UserError, match=message):
         load(out)
@@ -415,7 +487,8 @@ def test_damaged_quantized_checkpoints_are_named(tmp_path, monkeypatch, mode, da
 
 def test_fp8_names_the_gpu_that_is_too_old(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(UserError, match=r"m is quantized to fp8, .* 8.9 or better, this one has 8.6"):
+    with pytest.raises(UserError, match=r"m is quantized to fp8, .* 8.9 or better, this one has "
+                       r"8.6"):
         Quantization("fp8", None, "x").check_device("cuda", "m")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     Quantization("fp8", None, "x").check_device("cuda", "m")

@@ -1,4 +1,6 @@
-"""The sandbox: hostile code neither passes, hangs the run nor harms it; honest code passes, HumanEval's own solutions first."""
+"""The sandbox: hostile code neither passes, hangs the run nor harms it; honest code passes,
+HumanEval's own solutions first.
+"""
 import concurrent.futures
 import contextlib
 import gzip
@@ -59,7 +61,8 @@ def nothing_stays(monkeypatch, tmp_path_factory):
     """Whatever a test does, no process and no temporary directory of the sandbox is left."""
     tmp_path_factory.getbasetemp()  # pytest makes its own in the usual place first
     with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)  # as root the code runs as another user, who must get to its own directory
+        # as root the code runs as another user, who must get to its own directory
+        os.chmod(place, 0o755)
         monkeypatch.setattr(tempfile, "tempdir", place)
         before = descendants(os.getpid())
         yield
@@ -73,7 +76,8 @@ def run(program, timeout=10.0, tests=TESTS, **more):
 def test_honest_code_passes_and_wrong_code_fails():
     assert run(HONEST).status == "passed"
     assert run("def f(x):\n    return x + 2\n").status == "failed"
-    assert run("def f(x):\n    return 3\n").status == "failed"  # the first assert holds, the second does not
+    # the first assert holds, the second does not
+    assert run("def f(x):\n    return 3\n").status == "failed"
     wrong = run("def f(x)\n    return x + 1\n")
     assert wrong.status == "failed" and "SyntaxError" in wrong.output
     assert run("def g(x):\n    return x + 1\n").status == "failed"
@@ -86,26 +90,35 @@ def test_a_broken_test_is_no_pass():
     assert run(HONEST, tests="x = 1\n").status == "failed"
 
 
-# Ways to pass without being right, against one harness or another: by the exit code, by what is printed, by what runs beside the asserts.
+# Ways to pass without being right, against one harness or another: by the exit code, by what is
+# printed, by what runs beside the asserts.
 CHEATS = {
     "leaves at once": "import os\nos._exit(0)",
     "leaves when called": "import os\ndef f(x):\n    os._exit(0)",
     "sys.exit": "import sys\nsys.exit(0)",
     "sys.exit when called": "import sys\ndef f(x):\n    sys.exit(0)",
     "its own check": "def check(candidate):\n    pass\ndef f(x):\n    return 0",
-    "equal to everything": "class Any:\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return Any()",
-    "a number equal to everything": "class Any(int):\n    def __eq__(self, other):\n        return True\ndef f(x):\n    return Any(7)",
-    "builtins": "import builtins\nbuiltins.AssertionError = Exception\nbuiltins.exec = builtins.compile = lambda *a: None\n"
+    "equal to everything": "class Any:\n    def __eq__(self, other):\n        return True\ndef "
+    "f(x):\n    return Any()",
+    "a number equal to everything": "class Any(int):\n    def __eq__(self, other):\n        "
+    "return True\ndef f(x):\n    return Any(7)",
+    "builtins": "import builtins\nbuiltins.AssertionError = Exception\nbuiltins.exec = "
+    "builtins.compile = lambda *a: None\n"
                 "__builtins__ = {}\ndef f(x):\n    return 0",
-    "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = lambda *a: None\ndef f(x):\n    return 0",
+    "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = lambda *a: None\ndef "
+    "f(x):\n    return 0",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    raise SystemExit",
-    "frames": "import sys\ndef f(x):\n    g = sys._getframe()\n    while g:\n        g.f_globals['passed'] = g.f_globals['check'] = lambda *a: True\n"
+    "frames": "import sys\ndef f(x):\n    g = sys._getframe()\n    while g:\n        "
+    "g.f_globals['passed'] = g.f_globals['check'] = lambda *a: True\n"
               "        g = g.f_back\n    return 0",
-    "reports for the judge": "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'passed\\npassed\\n')\n    except OSError:\n        pass\n"
+    "reports for the judge": "import os\nfor fd in range(64):\n    try:\n        os.write(fd, "
+    "b'passed\\npassed\\n')\n    except OSError:\n        pass\n"
                              "def f(x):\n    return 0",
     "prints the report": "print('passed')\ndef f(x):\n    print('passed')\n    return 0",
-    "a pickle with a call": "import pickle\nclass P:\n    def __reduce__(self):\n        import os\n        return os._exit, (0,)\n"
-                            "def f(x):\n    with open(61, 'wb', closefd=False) as w:\n        w.write(pickle.dumps((True, P())))\n    return P()",
+    "a pickle with a call": "import pickle\nclass P:\n    def __reduce__(self):\n        import "
+    "os\n        return os._exit, (0,)\n"
+                            "def f(x):\n    with open(61, 'wb', closefd=False) as w:\n        "
+    "w.write(pickle.dumps((True, P())))\n    return P()",
     "closes everything": "import os\nos.closerange(0, 4096)\ndef f(x):\n    return x + 1",
     "kills its parent": "import os, signal\nos.kill(os.getppid(), 9)\ndef f(x):\n    return 0",
     "reaches into the judge": """
@@ -147,7 +160,8 @@ def test_the_tests_are_not_where_the_code_can_look():
     """
     assert run(textwrap.dedent(look) + HONEST).output == "False\n"
     planted = "planted = 'candidate' '(5)'\n"
-    assert run(planted + textwrap.dedent(look) + HONEST).output == "True\n"  # the search finds what is there
+    # the search finds what is there
+    assert run(planted + textwrap.dedent(look) + HONEST).output == "True\n"
 
 
 def test_a_cheat_that_guesses_the_protocol_gains_only_what_its_answers_are_worth():
@@ -161,7 +175,8 @@ def test_a_cheat_that_guesses_the_protocol_gains_only_what_its_answers_are_worth
     "while True:\n    pass",
     "def f(x):\n    while True:\n        pass",
     "import time\ntime.sleep(1000)",
-    "import signal\nfor s in (1, 2, 14, 15, 24):\n    signal.signal(s, signal.SIG_IGN)\ndef f(x):\n    while True:\n        pass",
+    "import signal\nfor s in (1, 2, 14, 15, 24):\n    signal.signal(s, signal.SIG_IGN)\ndef "
+    "f(x):\n    while True:\n        pass",
     "def f(x):\n    return 10 ** 10 ** 9",
     "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
 ])
@@ -172,12 +187,15 @@ def test_an_endless_program_is_stopped(program):
 
 
 def test_a_parent_killed_from_below_does_not_end_the_run(namespaces):
-    """The candidate's parent is the first process of its namespace: signals from inside do not reach it."""
+    """The candidate's parent is the first process of its namespace: signals from inside do not
+    reach it.
+    """
     kill = "import os\ntry:\n    os.kill({}, 9)\nexcept OSError:\n    pass\n" + HONEST
     assert run(kill.format("os.getppid()")).status == "passed"
     victim = subprocess.Popen(["sleep", "60"])
     try:
-        assert run(kill.format("-1")).status in ("passed", "failed")  # it may hit the judge, where that has the same user
+        # it may hit the judge, where that has the same user
+        assert run(kill.format("-1")).status in ("passed", "failed")
         assert victim.poll() is None
     finally:
         victim.kill()
@@ -188,19 +206,24 @@ def test_memory_is_limited():
     big = run("def f(x):\n    data = bytearray(10 << 30)\n    return x + 1")
     assert big.status == "failed" and "MemoryError" in big.output
     assert run("def f(x):\n    data = bytearray(100 << 20)\n    return x + 1").status == "passed"
-    assert run("def f(x):\n    return [0] * (1 << 27)", timeout=5).status != "passed"  # the judge has its limit too
+    # the judge has its limit too
+    assert run("def f(x):\n    return [0] * (1 << 27)", timeout=5).status != "passed"
 
 
 def test_output_is_kept_up_to_its_limit():
-    loud = run("import sys\nprint('first')\nfor i in range(1000):\n    sys.stdout.write('x' * 1000 + '\\n')\n" + HONEST)
-    assert loud.status == "passed" and loud.output.startswith("first\nxxx") and OUTPUT // 2 < len(loud.output) <= OUTPUT
+    loud = run("import sys\nprint('first')\nfor i in range(1000):\n    sys.stdout.write('x' * "
+               "1000 + '\\n')\n" + HONEST)
+    assert loud.status == "passed" and loud.output.startswith("first\nxxx") and OUTPUT // 2 < len(
+        loud.output) <= OUTPUT
     endless = run("import os\nwhile True:\n    os.write(1, b'x' * 65536)", timeout=1)
     assert endless.status == "timed out" and len(endless.output) == OUTPUT
     assert run("import os\nos.write(2, b'\\xff\\xfe')\n" + HONEST).output == "\ufffd\ufffd"
 
 
 def test_a_fork_bomb_is_bounded():
-    """Counted from outside while it runs; a hard cap far above the limit ends the test's own sandbox if the limit fails."""
+    """Counted from outside while it runs; a hard cap far above the limit ends the test's own
+    sandbox if the limit fails.
+    """
     name = f"bomb{os.getpid()}"
     bomb = f"import ctypes, os\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
     most, over = 0, threading.Event()
@@ -229,16 +252,20 @@ def test_a_fork_bomb_is_bounded():
 def test_a_daemon_does_not_outlive_the_run():
     """A child in a session of its own, whose parent has gone."""
     name = f"daemon{os.getpid()}"
-    daemon = ("import ctypes, os, time\nif not os.fork():\n    os.setsid()\n    if os.fork():\n        os._exit(0)\n"
-              f"    ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n    time.sleep(100)\nos.wait()\n")
+    daemon = ("import ctypes, os, time\nif not os.fork():\n    os.setsid()\n    if os.fork():\n   "
+              "     os._exit(0)\n"
+              f"    ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n    "
+              "time.sleep(100)\nos.wait()\n")
     for rest, passes in (HONEST, True), ("time.sleep(100)", False), ("os._exit(0)", False):
         assert (run(daemon + rest, timeout=2).status == "passed") == passes
         assert name not in names()
 
 
 def test_files_are_limited_and_go_with_the_run():
-    assert run("open('a', 'w').write('x')\nassert open('a').read() == 'x'\n" + HONEST).status == "passed"
-    big = run("with open('big', 'wb') as f:\n    for i in range(100):\n        f.write(b'x' * (1 << 20))\n" + HONEST)
+    assert run("open('a', 'w').write('x')\nassert open('a').read() == 'x'\n"
+               + HONEST).status == "passed"
+    big = run("with open('big', 'wb') as f:\n    for i in range(100):\n        f.write(b'x' * (1 "
+              "<< 20))\n" + HONEST)
     assert big.status == "failed" and ("File too large" in big.output or big.output == "")
 
 
@@ -251,7 +278,9 @@ def test_nothing_outside_is_written(namespaces, tmp_path):
     tmp_path.chmod(0o777)
     for place in (tmp_path, Path.home(), ROOT):
         outcome = run(f"open({str(place / 'written')!r}, 'w')\n" + HONEST)
-        assert outcome.status == "failed" and ("Read-only" in outcome.output or "Permission" in outcome.output or "No such file" in outcome.output)
+        assert outcome.status == "failed" and ("Read-only" in outcome.output
+                                               or "Permission" in outcome.output
+                                               or "No such file" in outcome.output)
         assert not (place / "written").exists()
 
 
@@ -269,14 +298,16 @@ def test_the_home_directory_is_hidden(namespaces):
 def test_other_processes_and_the_environment_are_not_seen(namespaces, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "abc")
     look = "import os\nfound = [p for p in os.listdir('/proc') if p.isdigit()]\nprint(len(found), 'SECRET_TOKEN' in os.environ)\n"
-    assert run(look + HONEST).output.split() in (["2", "False"], ["3", "False"])  # the first process, this one and perhaps the judge
+    # the first process, this one and perhaps the judge
+    assert run(look + HONEST).output.split() in (["2", "False"], ["3", "False"])
 
 
 def test_there_is_no_network(namespaces):
     with socket.create_server(("127.0.0.1", 0)) as server:
         call = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)\n" + HONEST
         outcome = run(call)
-        assert outcome.status == "failed" and ("unreachable" in outcome.output or "refused" in outcome.output)
+        assert outcome.status == "failed" and ("unreachable" in outcome.output
+                                               or "refused" in outcome.output)
         exec(compile(call, "here", "exec"), {})  # the same code connects from outside
 
 
@@ -292,18 +323,25 @@ def test_no_privilege_is_left():
 
 def test_values_of_other_types_compare_as_they_would_in_one_process():
     give = "import collections, enum, fractions\nN = collections.namedtuple('N', 'a b')\nE = enum.IntEnum('E', 'one two')\ndef f(x):\n    return {}"
-    same = {"collections.Counter('aab')": "{'a': 2, 'b': 1}", "collections.defaultdict(list, {1: [2]})": "{1: [2]}", "N(1, [2])": "(1, [2])", "E.two": "2",
-            "{1.5, None, True}": "{1.5, None, True}", "1j": "1j", "range(3)": "range(3)", "float('inf')": "float('inf')", "2 ** 5000": "2 ** 5000",
-            "b'\\0'": "b'\\0'", "[(), {}, 'é\\ud800']": "[(), {}, 'é\\ud800']", "collections.deque([1]).copy().popleft()": "1"}
+    same = {"collections.Counter('aab')": "{'a': 2, 'b': 1}", "collections.defaultdict(list, {1: "
+            "[2]})": "{1: [2]}", "N(1, [2])": "(1, [2])", "E.two": "2",
+            "{1.5, None, True}": "{1.5, None, True}", "1j": "1j", "range(3)": "range(3)",
+            "float('inf')": "float('inf')", "2 ** 5000": "2 ** 5000",
+            "b'\\0'": "b'\\0'", "[(), {}, 'é\\ud800']": "[(), {}, 'é\\ud800']",
+            "collections.deque([1]).copy().popleft()": "1"}
     for value, want in same.items():
-        assert run(give.format(value), tests=f"def check(c):\n    assert c(0) == {want}\n").status == "passed", value
-    for value, want in {"range(3)": "[0, 1, 2]", "(1,)": "[1]", "iter([1])": "[1]", "f": "0", "None": "0"}.items():
-        assert run(give.format(value), tests=f"def check(c):\n    assert c(0) == {want}\n").status == "failed", value
+        assert run(give.format(value),
+                   tests=f"def check(c):\n    assert c(0) == {want}\n").status == "passed", value
+    for value, want in {"range(3)": "[0, 1, 2]", "(1,)": "[1]", "iter([1])": "[1]", "f": "0",
+                        "None": "0"}.items():
+        assert run(give.format(value),
+                   tests=f"def check(c):\n    assert c(0) == {want}\n").status == "failed", value
 
 
 def test_given_names_are_there_for_the_tests_and_not_the_codes_own():
     tests = "def check(candidate):\n    assert candidate(helper(1)) == 3\n"
-    assert run("def helper(x):\n    return None\n" + HONEST, tests=tests, given="def helper(x):\n    return x + 1\n").status == "passed"
+    assert run("def helper(x):\n    return None\n" + HONEST, tests=tests, given="def helper(x):\n "
+               "   return x + 1\n").status == "passed"
     assert run("def helper(x):\n    return 2\n" + HONEST, tests=tests).status == "failed"
 
 
@@ -320,8 +358,10 @@ def test_humaneval_solutions_pass():
         problems = [json.loads(line) for line in f]
 
     def solve(p):
-        return run_python(p["prompt"] + p["canonical_solution"], p["test"], p["entry_point"], 20.0, given=p["prompt"])
+        return run_python(p["prompt"] + p["canonical_solution"], p["test"], p["entry_point"], 20.0,
+                          given=p["prompt"])
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(solve, problems))
-    assert len(problems) == 164 and [p["task_id"] for p, o in zip(problems, outcomes) if o.status != "passed"] == []
+    assert len(problems) == 164 and [p["task_id"] for p, o in zip(problems, outcomes)
+                                     if o.status != "passed"] == []

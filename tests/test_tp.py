@@ -1,4 +1,6 @@
-"""Tensor parallelism: two processes say what one says, each reads only its share, and a failure ends the run."""
+"""Tensor parallelism: two processes say what one says, each reads only its share, and a failure
+ends the run.
+"""
 import json
 import os
 import re
@@ -18,21 +20,28 @@ from test_generate import ROOT
 
 DEMO = ROOT / "checkpoints" / "demo"
 PROMPT = json.loads((DEMO / "problems.jsonl").read_text().splitlines()[0])["prompt"]
-ALONE = ("--target", DEMO / "target", "--prompt", PROMPT, "--max_new_tokens", "40", "--device", "cpu", "--dtype", "float32")
+ALONE = ("--target", DEMO / "target", "--prompt", PROMPT, "--max_new_tokens", "40", "--device",
+         "cpu", "--dtype", "float32")
 STANDARD = (*ALONE, "--draft", DEMO / "draft")
 JUDGE = (*STANDARD, "--judge", DEMO / "judge.safetensors")
 
 
 def torchrun(script, *args, n=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", script, *args]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={n}", script, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
-@pytest.mark.parametrize("args", [ALONE, STANDARD, JUDGE, (*JUDGE, "--compile", "--speculate_k", "3", "--max_new_tokens", "12"), (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
+@pytest.mark.parametrize("args",
+                         [ALONE, STANDARD, JUDGE,
+                          (*JUDGE, "--compile", "--speculate_k", "3", "--max_new_tokens", "12"),
+                          (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
                          ids=["target", "standard", "judge", "judge-compiled", "sampled"])
 def test_two_processes_say_what_one_says(args, tmp_path):
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    done = subprocess.run([sys.executable, ROOT / "generate.py", *args, "--json", one], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "generate.py", *args, "--json", one],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     again = torchrun(ROOT / "generate.py", *args, "--json", two)
     assert again.returncode == 0, again.stderr
@@ -43,15 +52,19 @@ def test_two_processes_say_what_one_says(args, tmp_path):
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_target_is_shared_too(mode, tmp_path):
-    subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", DEMO / "target", "--mode", mode, "--out", tmp_path / "q",
-                    *(["--group_size", "64"] if mode == "int4" else [])], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", DEMO / "target",
+                    "--mode", mode, "--out", tmp_path / "q",
+                    *(["--group_size", "64"] if mode == "int4" else [])], check=True,
+                   capture_output=True)
     args = ("--target", tmp_path / "q", *JUDGE[2:], "--speculate_k", "6")
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    subprocess.run([sys.executable, ROOT / "generate.py", *map(str, args), "--json", one], check=True, capture_output=True)
+    subprocess.run([sys.executable, ROOT / "generate.py", *map(str, args), "--json", one],
+                   check=True, capture_output=True)
     done = torchrun(ROOT / "generate.py", *args, "--json", two)
     assert done.returncode == 0, done.stderr
     one, two = json.loads(one.read_text()), json.loads(two.read_text())
-    assert (two["tokens"], two["sources"]) == (one["tokens"], one["sources"]) and one["mean_accepted"] > 1
+    assert (two["tokens"], two["sources"]) == (one["tokens"],
+                                               one["sources"]) and one["mean_accepted"] > 1
 
 
 def in_rank(monkeypatch, r, n=2):
@@ -61,7 +74,9 @@ def in_rank(monkeypatch, r, n=2):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path, monkeypatch):
-    config = tiny_config(architectures=["Qwen2ForCausalLM"], vocab_size=102, tie_word_embeddings=tied)  # with a bias on wqkv
+    # with a bias on wqkv
+    config = tiny_config(architectures=["Qwen2ForCausalLM"], vocab_size=102,
+                         tie_word_embeddings=tied)
     model = random_model(config)
     path = save_checkpoint(tmp_path / "m", model, config) / "model.safetensors"
     shares = []
@@ -71,7 +86,8 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
         with safe_open(path, "pt") as f:
             shares.append({name: read(f, name) for name in f.keys()})
         local = tp.load_share(tmp_path / "m", "cpu", torch.float32)
-        assert {n: p.shape for n, p in local.named_parameters()} == {n: t.shape for n, t in shares[r].items()}
+        assert {n: p.shape for n, p in local.named_parameters()} == {n: t.shape for n,
+                                                                     t in shares[r].items()}
     for name, whole in model.named_parameters():
         a, b = shares[0][name], shares[1][name]
         if whole.dim() == 1 and "wqkv" not in name:
@@ -80,7 +96,8 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
         assert a.numel() == b.numel() == whole.numel() // 2
         if "wqkv" in name:
             q, k, v = whole.split([64, 32, 32])
-            assert torch.equal(torch.cat([x[len(x) // 2 * r:len(x) // 2 * (r + 1)] for x in (q, k, v) for r in (0,)]), a)
+            assert torch.equal(torch.cat([x[len(x) // 2 * r:len(x) // 2 * (r + 1)]
+                                          for x in (q, k, v) for r in (0,)]), a)
             assert torch.equal(torch.cat([x[len(x) // 2:] for x in (q, k, v)]), b)
         elif "w13" in name:
             assert torch.equal(torch.cat((a[:48], b[:48], a[48:], b[48:])), whole)
@@ -90,8 +107,11 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
 
 def test_what_does_not_divide_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
     in_rank(monkeypatch, 0, 4)
-    for overrides, what in (({}, "2 key-value heads"), ({"num_key_value_heads": 4, "vocab_size": 101}, "101 vocabulary entries"),
-                            ({"num_key_value_heads": 4, "vocab_size": 100, "intermediate_size": 98}, "98 feed-forward units")):
+    for overrides, what in (({}, "2 key-value heads"),
+                            ({"num_key_value_heads": 4, "vocab_size": 101}, "101 vocabulary "
+                             "entries"),
+                            ({"num_key_value_heads": 4, "vocab_size": 100, "intermediate_size": 98},
+                             "98 feed-forward units")):
         with pytest.raises(UserError, match=f"some/dir has {what}, which 4 processes cannot share"):
             tp.check(ModelConfig.from_dict(tiny_config(**overrides)), "some/dir")
     done = torchrun(ROOT / "generate.py", *ALONE, n=3)

@@ -1,4 +1,6 @@
-"""Labels, offsets, the data format, the split, the features and their file, the fit, the calibration and the command line."""
+"""Labels, offsets, the data format, the split, the features and their file, the fit, the
+calibration and the command line.
+"""
 import json
 import math
 import random
@@ -31,13 +33,15 @@ def test_labels_by_hand():
     assert label_tokens(offsets, [4, 8]) == [1, 0, 0, 0]  # from inside one token to inside another
     assert label_tokens(offsets, [0, 1]) == [0]  # at the start
     assert label_tokens(offsets, [11, 12]) == [1, 1, 1, 0]  # at the end
-    assert label_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [1, 2]) == [1, 0, 0, 0]  # three tokens share a character
+    # three tokens share a character
+    assert label_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [1, 2]) == [1, 0, 0, 0]
 
 
 def test_labels_on_real_tokens_agree_with_bytes(homes):  # noqa: F811
     """Brute force: a token is wrong iff one of its bytes is a byte of the marked characters."""
     rng = random.Random(0)
-    texts = ["The answer is 52 apples.", "das wäre 日本語 und 👩‍👩‍👧 x", " x = 3*7\n    return é", "🎉", "日本"]
+    texts = ["The answer is 52 apples.", "das wäre 日本語 und 👩‍👩‍👧 x", " x = 3*7\n    return é", "🎉",
+             "日本"]
     for t in every(homes):
         for text in texts:
             ids, offsets = t.encode_with_offsets(text, continuation=True)
@@ -49,7 +53,8 @@ def test_labels_on_real_tokens_agree_with_bytes(homes):  # noqa: F811
                 for i in ids:
                     lo, at = at, at + len(t.token_bytes(i))
                     if lo >= last:
-                        # a token that shares its first character with the error holds bytes of it too, by characters
+                        # a token that shares its first character with the error holds bytes of it
+                        # too, by characters
                         break
                     want.append(int(at <= first))
                 got = label_tokens(offsets, [start, end])
@@ -57,17 +62,22 @@ def test_labels_on_real_tokens_agree_with_bytes(homes):  # noqa: F811
 
 
 LINES = [
-    ("{", "line 2 is not JSON"), ("[1]", "line 2: 'prompt'"), ('{"prompt": "p", "error": null}', "line 2: 'answer'"),
-    ('{"prompt": "p", "answer": "", "error": null}', "line 2: 'answer'"), ('{"prompt": "p", "answer": "abc"}', "line 2: 'error' is missing"),
-    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "line 2: 'answer' holds half a character"),
-    *((json.dumps({"prompt": "p", "answer": "abc", "error": e}), "line 2: 'error' is") for e in ([1], [2, 1], [1, 1], [0, 4], [-1, 2], "x", [0.0, 1], True)),
+    ("{", "line 2 is not JSON"), ("[1]", "line 2: 'prompt'"),
+    ('{"prompt": "p", "error": null}', "line 2: 'answer'"),
+    ('{"prompt": "p", "answer": "", "error": null}', "line 2: 'answer'"),
+    ('{"prompt": "p", "answer": "abc"}', "line 2: 'error' is missing"),
+    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "line 2: 'answer' holds half a "
+     "character"),
+    *((json.dumps({"prompt": "p", "answer": "abc", "error": e}), "line 2: 'error' is")
+      for e in ([1], [2, 1], [1, 1], [0, 4], [-1, 2], "x", [0.0, 1], True)),
 ]
 
 
 @pytest.mark.parametrize("line,message", LINES)
 def test_bad_lines_are_named(tmp_path, line, message):
     path = tmp_path / "d.jsonl"
-    path.write_text('{"prompt": "p", "answer": "a", "error": null, "domain": "kept"}\n' + line + "\n")
+    path.write_text('{"prompt": "p", "answer": "a", "error": null, "domain": "kept"}\n' + line
+                    + "\n")
     with pytest.raises(UserError, match=message):
         read_data(path)
 
@@ -76,21 +86,26 @@ def test_split_is_by_prompt_and_seeded():
     examples = [{"prompt": f"p{i % 10}"} for i in range(50)]
     held = split(examples, 0.3, seed=1)
     assert held.sum() == 15 and all(held[i] == held[i % 10] for i in range(50))
-    assert torch.equal(held, split(examples, 0.3, seed=1)) and not torch.equal(held, split(examples, 0.3, seed=2))
+    assert torch.equal(held, split(examples, 0.3, seed=1)) and not torch.equal(
+        held, split(examples, 0.3, seed=2))
 
 
 def test_a_line_separator_in_a_text_is_no_line_end(tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_text('{"prompt": "p", "answer": "a\u2028b", "error": null}\r\n\n{"prompt": "p", "answer": "c", "error": [0, 1]}', encoding="utf-8")
+    path.write_text('{"prompt": "p", "answer": "a\u2028b", "error": null}\r\n\n{"prompt": "p", '
+                    '"answer": "c", "error": [0, 1]}', encoding="utf-8")
     assert [(e["answer"], e["line"]) for e in read_data(path)] == [("a\u2028b", 1), ("c", 3)]
 
 
 # ---------------------------------------------------------------- the head
 
 def planted(seed=0):
-    """Features of very different sizes, and labels with few negatives that one direction tells apart."""
+    """Features of very different sizes, and labels with few negatives that one direction tells
+    apart.
+    """
     torch.manual_seed(seed)
-    scale, shift, direction, z = torch.rand(16) * 10 + 0.1, torch.randn(16) * 5, torch.randn(16), torch.randn(6000, 16)
+    scale, shift, direction, z = torch.rand(16) * 10 + 0.1, torch.randn(16) * 5, torch.randn(
+        16), torch.randn(6000, 16)
     x, y = z * scale + shift, (z @ direction > -5).long()
     return x[:4000], y[:4000], x[4000:], y[4000:]
 
@@ -104,10 +119,12 @@ def test_fit_finds_a_planted_direction_and_scales_back():
     best = max(fits, key=lambda f: f.auc)
     for f in fits:
         assert f.weight.shape == (1, 16) and f.bias.shape == (1,) and f.epochs >= 1
-        assert auc(Judge(f.weight, f.bias, 0.5, "").scores(x_val), y_val) == pytest.approx(f.auc, abs=1e-5)
+        assert auc(Judge(f.weight, f.bias, 0.5, "").scores(x_val),
+                   y_val) == pytest.approx(f.auc, abs=1e-5)
     assert best.auc > 0.995
     again = fit(x, y, x_val, y_val, settings, 1e-2, 60, seed=0)
-    assert all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and a.epochs == b.epochs for a, b in zip(fits, again))
+    assert all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and a.epochs
+               == b.epochs for a, b in zip(fits, again))
     lets_in = lambda f: int((x_val @ f.weight[0] + f.bias > 0).sum())
     light, heavy = fit(x, y, x_val, y_val, [(1.0, 0.01), (1000.0, 0.01)], 1e-2, 20, seed=0)
     assert lets_in(heavy) < lets_in(light)
@@ -121,19 +138,24 @@ def test_settings_trained_at_once_do_not_touch_each_other_and_are_adamw():
     mean, std = x.mean(0), x.std(0)
     for (negative_weight, weight_decay), f in zip(settings, fits):
         w, b = torch.zeros(16, requires_grad=True), torch.zeros(1, requires_grad=True)
-        optimizer = torch.optim.AdamW([{"params": [w], "weight_decay": weight_decay}, {"params": [b], "weight_decay": 0.0}], lr=1e-2)
+        optimizer = torch.optim.AdamW([{"params": [w], "weight_decay": weight_decay},
+                                       {"params": [b], "weight_decay": 0.0}], lr=1e-2)
         for batch in torch.randperm(len(x), generator=torch.Generator().manual_seed(3)).split(1024):
             optimizer.zero_grad()
             cost = torch.where(y[batch] == 0, negative_weight, 1.0)
             scores = (x[batch] - mean) / std @ w + b
-            (torch.nn.functional.binary_cross_entropy_with_logits(scores, y[batch].float(), cost, reduction="sum") / cost.sum()).backward()
+            (torch.nn.functional.binary_cross_entropy_with_logits(scores, y[batch].float(), cost,
+                                                                  reduction="sum")
+             / cost.sum()).backward()
             optimizer.step()
         torch.testing.assert_close(f.weight[0] * std, w.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(f.bias + f.weight @ mean, b.detach(), atol=1e-4, rtol=1e-3)
 
 
 def test_epochs_are_chosen_on_validation_tokens():
-    """With validation labels turned round, the longer it trains the worse: the first epoch is kept, and training stops soon after."""
+    """With validation labels turned round, the longer it trains the worse: the first epoch is kept,
+    and training stops soon after.
+    """
     x, y, x_val, y_val = planted(2)
     noisy = torch.where(torch.rand(len(y)) < 0.2, 1 - y, y)
     found = fit(x, noisy, x_val, 1 - y_val, [(1.0, 0.01)], 1e-3, 60, seed=0)[0]
@@ -142,7 +164,9 @@ def test_epochs_are_chosen_on_validation_tokens():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_calibration_by_brute_force(seed):
-    """No lower threshold, among all that tell two tokens apart, keeps the promise; with ties, extreme scores and few errors."""
+    """No lower threshold, among all that tell two tokens apart, keeps the promise; with ties,
+    extreme scores and few errors.
+    """
     torch.manual_seed(seed)
     n = int(torch.randint(2, 120, ()))
     scores = (torch.randn(n) * [1, 4, 30, 300][seed % 4]).round(decimals=[1, 4][seed // 4])
@@ -153,49 +177,66 @@ def test_calibration_by_brute_force(seed):
         t = calibrate(scores, labels, share)
         accepted = lambda t: rules.judge(errors, t).sum().item()
         assert 0 <= t <= 1 and accepted(t) / len(errors) <= share
-        below = [c for s in errors.tolist() if (c := math.nextafter(1 / (1 + math.exp(min(-s, 700))), 0)) < t - 1e-12] + [0.0] * (t > 0)
+        below = [c for s in errors.tolist()
+                 if (c := math.nextafter(1 / (1 + math.exp(min(-s, 700))), 0)) < t
+                 - 1e-12] + [0.0] * (t > 0)
         assert all(accepted(c) / len(errors) > share for c in below)
     curve = curve_of(scores, labels, 0.31)
-    assert 0.31 in [t for t, _, _ in curve] and curve[0][:2] == (0.0, 1.0) and list(curve) == sorted(curve)
+    assert 0.31 in [t for t, _, _ in curve] and curve[0][:2] == (0.0, 1.0) and list(
+        curve) == sorted(curve)
     assert all(a[1] >= b[1] for a, b in zip(curve, curve[1:]))
     for t, accepted, rejected in curve:
         yes = [rules.judge(s, t).item() for s in scores]
-        assert accepted == pytest.approx(sum(a and not y for a, y in zip(yes, labels.tolist())) / len(errors), abs=1e-6)
+        assert accepted == pytest.approx(sum(a and not y for a, y in zip(yes, labels.tolist()))
+                                         / len(errors), abs=1e-6)
         if (labels == 1).any():
-            assert rejected == pytest.approx(sum(y and not a for a, y in zip(yes, labels.tolist())) / int(labels.sum()), abs=1e-6)
+            assert rejected == pytest.approx(sum(y and not a for a, y in zip(yes, labels.tolist()))
+                                             / int(labels.sum()), abs=1e-6)
 
 
 def test_judge_file_keeps_its_curve_and_one_without_still_loads(tmp_path):
     curve = ((0.0, 1.0, 0.0), (0.25, 0.05, 0.125))
     head = Judge(torch.randn(1, 8), torch.randn(1), 0.25, "abc", curve)
     head.save(tmp_path / "j")
-    assert Judge.load(tmp_path / "j", 8, "abc", "t").curve == curve and Judge.load(tmp_path / "j", 8, "abc", "t").to("cpu").curve == curve
+    assert Judge.load(tmp_path / "j", 8, "abc", "t").curve == curve and Judge.load(
+        tmp_path / "j", 8, "abc", "t").to("cpu").curve == curve
     Judge(head.weight, head.bias, 0.25, "abc").save(tmp_path / "old")
-    assert b"curve" not in (tmp_path / "old").read_bytes() and Judge.load(tmp_path / "old", 8, "abc", "t").curve == ()
+    assert b"curve" not in (tmp_path / "old").read_bytes() and Judge.load(tmp_path / "old", 8,
+                                                                          "abc", "t").curve == ()
 
 
 # ---------------------------------------------------------------- features
 
-EXAMPLES = [{"prompt": "the cat", "answer": " Hello 12 cats", "error": [7, 9]}, {"prompt": "a", "answer": " cat", "error": None},
-            {"prompt": "the the the cat", "answer": " Hello" * 9, "error": None}, {"prompt": "Z", "answer": " 12345 the cat 🎉", "error": [15, 16]}]
+EXAMPLES = [{"prompt": "the cat", "answer": " Hello 12 cats", "error": [7, 9]},
+            {"prompt": "a", "answer": " cat", "error": None},
+            {"prompt": "the the the cat", "answer": " Hello" * 9, "error": None},
+            {"prompt": "Z", "answer": " 12345 the cat 🎉", "error": [15, 16]}]
 EXAMPLES = [e | {"where": f"d line {i}", "line": i} for i, e in enumerate(EXAMPLES, 1)]
 
 
-def test_batched_features_are_the_hidden_states_at_the_tokens_own_positions(homes, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_batched_features_are_the_hidden_states_at_the_tokens_own_positions(homes, monkeypatch):
     """In any batches: as each answer read alone, in order."""
     for t in map(Tokenizer.from_dir, homes.values()):
         target = random_model(tiny_config(vocab_size=t.vocab_size))
         encoded, want = encode(t, EXAMPLES, 128), []
-        assert encoded[0].labels == label_tokens(t.encode_with_offsets(" Hello 12 cats", continuation=True)[1], [7, 9]) and 0 in encoded[0].labels
+        assert encoded[0].labels == label_tokens(t.encode_with_offsets(
+            " Hello 12 cats", continuation=True)[1], [7, 9]) and 0 in encoded[0].labels
         for e, example in zip(encoded, EXAMPLES):
-            prompt, answer = t.encode(example["prompt"]), t.encode_with_offsets(example["answer"], continuation=True)[0]
-            assert e.ids == (prompt + answer)[:len(prompt) + len(e.labels)] and len(e.spans) == len(e.labels)
-            hidden = target.features(torch.tensor([prompt + answer]), torch.arange(len(prompt + answer)), target.new_cache(len(prompt + answer)))[0]
+            prompt, answer = t.encode(example["prompt"]), t.encode_with_offsets(
+                example["answer"], continuation=True)[0]
+            assert e.ids == (prompt + answer)[:len(prompt) + len(e.labels)] and len(e.spans) == len(
+                e.labels)
+            hidden = target.features(torch.tensor([prompt + answer]),
+                                     torch.arange(len(prompt + answer)),
+                                     target.new_cache(len(prompt + answer)))[0]
             want.append(hidden[len(prompt):len(prompt) + len(e.labels)])
         for size in (1, 40, 90, 4096):
             monkeypatch.setattr(train_judge, "BATCH", size)
-            torch.testing.assert_close(features(target, encoded), torch.cat(want), atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(features(target, encoded, torch.bfloat16), torch.cat(want).bfloat16(), atol=0.05, rtol=0.02)
+            torch.testing.assert_close(features(target, encoded), torch.cat(want), atol=1e-4,
+                                       rtol=1e-4)
+        torch.testing.assert_close(features(target, encoded, torch.bfloat16),
+                                   torch.cat(want).bfloat16(), atol=0.05, rtol=0.02)
     with pytest.raises(UserError, match="d line 1: prompt and answer have .* the context is 128"):
         encode(t, [EXAMPLES[0] | {"answer": "cat " * 200}], 128)
 
@@ -205,19 +246,26 @@ def test_batches_hold_every_answer_once_within_the_size(monkeypatch):
     lengths = [random.Random(0).randrange(1, 130) for _ in range(50)] + [1] * 30
     groups = batches(lengths)
     assert sorted(i for g in groups for i in g) == list(range(80)) and len(groups) < 60
-    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 100 for g in groups) and max(lengths) == lengths[groups[0][0]]
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 100
+               for g in groups) and max(lengths) == lengths[groups[0][0]]
 
 
 def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, homes):  # noqa: F811
     t = Tokenizer.from_dir(homes["sp"])
     config, path, data = tiny_config(vocab_size=t.vocab_size), tmp_path / "f", tmp_path / "d.jsonl"
-    one, two = (save_checkpoint(tmp_path / f"target{seed}", random_model(config, seed), config) for seed in (1, 2))
+    one, two = (save_checkpoint(tmp_path / f"target{seed}", random_model(config, seed), config)
+                for seed in (1, 2))
     encoded, hidden = encode(t, EXAMPLES, 128), torch.randn(30, 64)
     save_features(path, hidden, made_of(encoded, one, "float32"))
-    assert torch.equal(read_features(path, made_of(encoded, one, "float32"), one, data, None), hidden)
+    assert torch.equal(read_features(path, made_of(encoded, one, "float32"), one, data, None),
+                       hidden)
     other = encode(t, [*EXAMPLES[:3], EXAMPLES[3] | {"prompt": "z"}], 128)
-    for made, target, message in ((made_of(encoded, two, "float32"), two, "another target: the target .*target2"), (made_of(other, one, "float32"), one, "another data: the data .*d.jsonl"),
-                                  (made_of(encoded[::-1], one, "float32"), one, "another data"), (made_of(encoded, one, "bfloat16"), one, "another dtype")):
+    for made, target, message in ((made_of(encoded, two, "float32"), two, "another target: the "
+                                   "target .*target2"),
+                                  (made_of(other, one, "float32"), one, "another data: the data "
+                                   ".*d.jsonl"),
+                                  (made_of(encoded[::-1], one, "float32"), one, "another data"),
+                                  (made_of(encoded, one, "bfloat16"), one, "another dtype")):
         with pytest.raises(UserError, match=f"--features {path} was made with {message}"):
             read_features(path, made, target, data, None)
     with pytest.raises(UserError, match="holds float32, --features_dtype is bfloat16"):
@@ -232,7 +280,8 @@ def make_target(home, homes):  # noqa: F811
     t = Tokenizer.from_dir(homes["sp"])
     config = tiny_config(vocab_size=t.vocab_size)
     save_checkpoint(home / "target", random_model(config), config)
-    (home / "target" / "tokenizer.model").write_bytes((homes["sp"] / "tokenizer.model").read_bytes())
+    (home / "target" / "tokenizer.model").write_bytes(
+        (homes["sp"] / "tokenizer.model").read_bytes())
 
 
 def write_data(home):
@@ -244,15 +293,20 @@ def write_data(home):
         if i % 2:
             at = len(" ".join(words[:3])) + 2
             answer, error = " " + " ".join(words[:3] + ["Z."] + words[3:]), [at, at + 2]
-        lines.append(json.dumps({"prompt": f"p {i // 2}", "answer": answer, "error": error, "domain": "ab"[i // 2 % 2]}))
+        lines.append(json.dumps({"prompt": f"p {i // 2}", "answer": answer, "error": error,
+                                 "domain": "ab"[i // 2 % 2]}))
     (home / "data.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Run the command line in this process; the later of two equal flags counts. Gives what it printed."""
+    """Run the command line in this process; the later of two equal flags counts.
+
+    Gives what it printed.
+    """
     def call(*args):
-        flags = ["--target", tmp_path / "target", "--data", tmp_path / "data.jsonl", "--device", "cpu", "--epochs", "12", "--out", tmp_path / "judge.safetensors", *args]
+        flags = ["--target", tmp_path / "target", "--data", tmp_path / "data.jsonl", "--device",
+                 "cpu", "--epochs", "12", "--out", tmp_path / "judge.safetensors", *args]
         monkeypatch.setattr(sys, "argv", ["train_judge.py", *map(str, flags)])
         train_judge.main()
         return capsys.readouterr().out
@@ -263,32 +317,42 @@ def test_command_line(tmp_path, homes, train):  # noqa: F811
     make_target(tmp_path, homes), write_data(tmp_path)
     out, page = tmp_path / "judge.safetensors", tmp_path / "report.html"
     printed = train("--report", page)
-    for word in ("120 answers, 60 prompts", "negative_weight", "chosen", "ROC AUC", "average precision", "false accepts", "the worst mistakes" if ">>" in printed else "no mistakes"):
+    for word in ("120 answers, 60 prompts", "negative_weight", "chosen", "ROC AUC",
+                 "average precision", "false accepts", "the worst mistakes" if ">>" in printed
+                 else "no mistakes"):
         assert word in printed
     assert float(printed.split("ROC AUC")[1].split("|")[1]) > 0.95
     first, first_page = out.read_bytes(), page.read_bytes()
     head = Judge.load(out, 64, fingerprint(tmp_path / "target"), "t")
     point = {t: (a, r) for t, a, r in head.curve}[head.threshold]
-    assert point[0] <= 0.05 and f"Threshold {head.threshold:.4f}, the lowest that accepts at most 0.05" in printed
-    assert train("--report", page) == printed and (out.read_bytes(), page.read_bytes()) == (first, first_page)  # seeded
+    assert point[
+        0] <= 0.05 and f"Threshold {head.threshold:.4f}, the lowest that accepts at most 0.05" in printed
+    # seeded
+    assert train("--report", page) == printed and (out.read_bytes(),
+                                                   page.read_bytes()) == (first, first_page)
     assert Judge.load(out, 64, head.target, "t").curve == head.curve
 
     assert "p 1" in first_page.decode() and str(tmp_path) not in first_page.decode()
-    strict, loose = (Judge.load(out, 64, head.target, "t").threshold for share in ("0", "0.9") if train("--max_false_accept", share))
+    strict, loose = (Judge.load(out, 64, head.target, "t").threshold for share in ("0", "0.9")
+                     if train("--max_false_accept", share))
     assert strict >= head.threshold > loose
-    assert "set by hand" in train("--threshold", "0.7", "--negative_weight", "2", "--weight_decay", "0")
-    assert Judge.load(out, 64, head.target, "t").threshold == 0.7 and 0.7 in [t for t, _, _ in Judge.load(out, 64, head.target, "t").curve]
+    assert "set by hand" in train("--threshold", "0.7", "--negative_weight", "2", "--weight_decay",
+                                  "0")
+    assert Judge.load(out, 64, head.target, "t").threshold == 0.7 and 0.7 in [
+        t for t, _, _ in Judge.load(out, 64, head.target, "t").curve]
     assert train("--exclude_domain", "a").startswith("60 answers, 30 prompts.")
     with pytest.raises(UserError, match="has the domains a, b; choose"):
         train("--exclude_domain", "c")
 
-    quantize = [sys.executable, ROOT / "quantize.py", "--checkpoint_dir", tmp_path / "target", "--mode", "int8", "--out", tmp_path / "int8"]
+    quantize = [sys.executable, ROOT / "quantize.py", "--checkpoint_dir", tmp_path / "target",
+                "--mode", "int8", "--out", tmp_path / "int8"]
     subprocess.run(quantize, check=True, capture_output=True)
     train("--target", tmp_path / "int8")
     assert Judge.load(out, 64, fingerprint(tmp_path / "int8"), "t").target != head.target
 
 
-def test_features_file_spares_the_target_and_changes_no_byte(tmp_path, homes, train, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_features_file_spares_the_target_and_changes_no_byte(tmp_path, homes, train, monkeypatch):
     make_target(tmp_path, homes), write_data(tmp_path)
     out, page, kept = tmp_path / "judge.safetensors", tmp_path / "report.html", tmp_path / "f.safetensors"
     runs = {}
@@ -318,14 +382,22 @@ def test_bad_input(tmp_path, homes, train):  # noqa: F811
     make_target(tmp_path, homes)
     good = [{"prompt": f"p {i}", "answer": " the cat", "error": None} for i in range(9)]
     for lines, args, message in (
-            (good, (), "has no error tokens: every answer is marked correct, so there is nothing to learn to reject"),
-            (good + [{"prompt": "p 1", "answer": " a", "error": [0, 2]}], (), "part of .*data.jsonl has no error tokens; a judge needs both there"),
-            ([g | {"error": [0, 4]} for g in good], (), "the training part of .* has no correct tokens"),
-            (good[:1], (), "one prompt only"), ([], (), "holds no examples"), (good, ("--threshold", "2"), "--threshold is 2"),
-            (good, ("--threshold", "0.5", "--max_false_accept", "0.1"), "give one of them"), (good, ("--max_false_accept", "-1"), "--max_false_accept is -1"),
-            (good, ("--features_dtype", "float32"), "--features file; name one"), (good, ("--weight_decay", "-1"), "--weight_decay is -1"),
-            (good, ("--report", tmp_path / "judge.safetensors"), "must be different files"), (good, ("--features", tmp_path / "no" / "f"), "is not a directory"),
-            (good, ("--out", tmp_path / "no" / "j"), "is not a directory"), (good, ("--data", "nowhere.jsonl"), "nowhere.jsonl")):
+            (good, (), "has no error tokens: every answer is marked correct, so there is nothing "
+             "to learn to reject"),
+            (good + [{"prompt": "p 1", "answer": " a", "error": [0, 2]}], (),
+             "part of .*data.jsonl has no error tokens; a judge needs both there"),
+            ([g | {"error": [0, 4]} for g in good], (), "the training part of .* has no correct "
+             "tokens"),
+            (good[:1], (), "one prompt only"), ([], (), "holds no examples"),
+            (good, ("--threshold", "2"), "--threshold is 2"),
+            (good, ("--threshold", "0.5", "--max_false_accept", "0.1"), "give one of them"),
+            (good, ("--max_false_accept", "-1"), "--max_false_accept is -1"),
+            (good, ("--features_dtype", "float32"), "--features file; name one"),
+            (good, ("--weight_decay", "-1"), "--weight_decay is -1"),
+            (good, ("--report", tmp_path / "judge.safetensors"), "must be different files"),
+            (good, ("--features", tmp_path / "no" / "f"), "is not a directory"),
+            (good, ("--out", tmp_path / "no" / "j"), "is not a directory"),
+            (good, ("--data", "nowhere.jsonl"), "nowhere.jsonl")):
         (tmp_path / "data.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         with pytest.raises(UserError, match=message):
             train(*args)
@@ -335,6 +407,9 @@ def test_bad_input(tmp_path, homes, train):  # noqa: F811
 def test_bad_input_from_the_shell(tmp_path, homes):  # noqa: F811
     make_target(tmp_path, homes)
     (tmp_path / "data.jsonl").write_text('{"prompt": "p", "answer": "abc", "error": [2, 1]}\n')
-    done = subprocess.run([sys.executable, ROOT / "train_judge.py", "--target", tmp_path / "target", "--data", tmp_path / "data.jsonl", "--out", tmp_path / "j"],
+    done = subprocess.run([sys.executable, ROOT / "train_judge.py", "--target", tmp_path / "target",
+                           "--data", tmp_path / "data.jsonl", "--out", tmp_path / "j"],
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "data.jsonl line 1: 'error' is [2, 1]" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: ") and "data.jsonl line 1: 'error' is [2, 1]" in done.stderr and done.stderr.count(
+            "\n") == 1
