@@ -1,137 +1,144 @@
-"""The judge head, its file, and the acceptance rules: pure functions on the tensors of one
-verification, no model inside.
+"""The judge: acceptance rules, the head, and the mathematics of sampling. Pure functions, no model.
 
-A verification reads K drafted tokens d_1..d_K. Row i of the target's logits is what it expected
-where d_i stands (the position *before* d_i); the judge's score of d_i comes from the hidden state
-at d_i's *own* position, after the target has read it. A rule gives a mask [K]; the longest run of
-True from the front is accepted. Rules that let in more than the standard test are used as `standard
-| rule`.
+A verification reads K drafted tokens d_1..d_K. Row i of the target's logits predicts d_i: it comes
+from the position *before* d_i. The judge's score of d_i comes from the hidden state at d_i's *own*
+position, after the target has read it. The standard test keeps the target's output; a rule gives a
+mask bool [K] of tokens to accept all the same. The longest accepted prefix is kept.
+
+A new rule is a function of (Verified, parameter) and a row of RULES.
 """
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from typing import NamedTuple
+
+from common import UserError, open_weights, replacing
 
 import torch
+import torch.nn as nn
 from safetensors.torch import save
 from torch import Tensor
 
-from cli import UserError, replacing
-from model import open_weights
-
 FORMAT = "1"
-SURE = 0.9  # kl: above this probability of its likeliest token the target is not to be argued with
+SURE = 0.9  # kl: above this top-1 probability of the target only the standard test applies
 
 
 # ---------------------------------------------------------------- rules
 
-# what follows a rule's name where rules are listed
-FORMS = {"standard": "", "topk": ":K", "typical": "[:E]", "kl": ":D", "judge": "[:T]"}
-VALID = {"topk": lambda x: x >= 1 and x % 1 == 0, "judge": lambda x: 0 <= x <= 1,
-         "typical": lambda x: 0 < x < 1, "kl": lambda x: x >= 0}
+class Verified(NamedTuple):
+    """What one verification tells a rule about K drafted tokens."""
+    logits: Tensor  # [K, V]: the target's, at the position before each drafted token
+    hidden: Tensor  # [K, D]: the target's last hidden state at each drafted token's own position
+    drafted: Tensor  # int64 [K]
+    draft_logits: Tensor | None = None  # [K, V], where the rule needs_draft_logits or when sampling
+    scores: Tensor | None = None  # [K]: the head's, where the rule needs_judge
 
 
-RULES = tuple(FORMS)
+def nothing_more(v: Verified, _) -> Tensor:
+    """Accept nothing beyond the standard test."""
+    return torch.zeros_like(v.drafted, dtype=torch.bool)
 
 
-def parse_rule(text: str, plain=()) -> tuple[str, float | None]:
-    """(name, parameter or None) of a rule in writing, such as standard, topk:3 or judge:0.9;
-    `plain` are more names, without a parameter.
+def topk(v: Verified, k: float) -> Tensor:
+    """Accept a token among the target's top k: the paper's naive baseline."""
+    return (v.logits > v.logits.gather(1, v.drafted[:, None])).sum(-1) < k
+
+
+def typical(v: Verified, epsilon: float) -> Tensor:
+    """Typical acceptance (Medusa, arXiv 2401.10774): p(token) > min(epsilon, sqrt(epsilon) e^-H).
+
+    H is the entropy of p, the target's distribution at temperature 1: the less certain the target,
+    the less probable a token may be.
     """
-    forms = dict.fromkeys(plain, "") | FORMS
-    name, colon, value = text.partition(":")
-    form = forms.get(name)
-    try:
-        value = float(value) if colon else None
-        if form is None or (not form if colon else form.startswith(":")) or colon and not (
-                math.isfinite(value) and VALID[name](value)):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{text!r} is not a rule; use "
-                        f"{', '.join(rule + form for rule, form in forms.items())}") from None
-    return name, value
-
-
-def standard(logits: Tensor, drafted: Tensor) -> Tensor:
-    """Greedy test: the drafted token is the target's likeliest. logits [K, V], drafted [K] -> bool
-    [K].
-    """
-    return logits.argmax(-1) == drafted
-
-
-def standard_sampled(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Tensor:
-    """Rejection sampling (Leviathan et al., arXiv 2211.17192): accept with probability min(1, p/q).
-
-    p, q [K, V]: the target's and the draft's probabilities; u [K] uniform in [0, 1). With
-    `residual` for the token after the first rejection, the output has exactly the target's
-    distribution.
-    """
-    at = drafted[:, None]
-    return u * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0]
-
-
-def residual(p: Tensor, q: Tensor) -> Tensor:
-    """The distribution to sample from after a rejection: max(p - q, 0), normalised. p, q [..., V]
-    -> [..., V].
-    """
-    rest = (p - q).clamp(min=0)
-    mass = rest.sum(-1, keepdim=True)
-    # no mass: p equals q, where the standard test rejects nothing
-    return torch.where(mass > 0, rest / mass, p)
-
-
-def topk(logits: Tensor, drafted: Tensor, k: int) -> Tensor:
-    """Accept a token among the target's k likeliest (the paper's naive baseline). logits [K, V],
-    drafted [K] -> bool [K].
-    """
-    return (logits > logits.gather(1, drafted[:, None])).sum(-1) < k
-
-
-def typical(logits: Tensor, drafted: Tensor, epsilon: float) -> Tensor:
-    """Typical acceptance (Medusa, arXiv 2401.10774): p(token) > min(epsilon, sqrt(epsilon)
-    exp(-H)), H the entropy of p.
-
-    The less sure the target is, the less likely a token may be. p at temperature 1. logits [K, V],
-    drafted [K] -> bool [K].
-    """
-    logp = logits.float().log_softmax(-1)
+    logp = v.logits.float().log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)
     bound = (math.sqrt(epsilon) * (-entropy).exp()).clamp(max=epsilon)
-    return logp.gather(1, drafted[:, None])[:, 0].exp() > bound
+    return logp.gather(1, v.drafted[:, None])[:, 0].exp() > bound
 
 
-def kl(logits: Tensor, draft_logits: Tensor, divergence: float) -> Tensor:
-    """Training-free (arXiv 2601.04766): accept where KL(target || draft) is below `divergence`,
-    unless the target is SURE.
+def kl(v: Verified, divergence: float) -> Tensor:
+    """Accept where KL(target || draft) < divergence and the target is not SURE (arXiv 2601.04766).
 
-    Then the standard test alone decides. Both distributions at temperature 1; 0 is the standard
-    rule. logits, draft_logits [K, V] -> bool [K].
+    Both distributions at temperature 1; a divergence of 0 is the standard rule.
     """
-    logp, logq = logits.float().log_softmax(-1), draft_logits.float().log_softmax(-1)
+    logp, logq = v.logits.float().log_softmax(-1), v.draft_logits.float().log_softmax(-1)
     p = logp.exp()
     return ((p * (logp - logq)).sum(-1) < divergence) & (p.amax(-1) <= SURE)
 
 
-def judge(scores: Tensor, threshold: float) -> Tensor:
-    """Accept iff sigmoid(score) > threshold. scores [K] -> bool [K].
+def above_threshold(scores: Tensor, threshold: float) -> Tensor:
+    """Judge Decoding (arXiv 2501.19309): sigmoid(scores) > threshold, bool in the shape of scores.
 
-    Compared as score > logit(threshold), so that 0 accepts and 1 rejects every finite score,
-    without rounding.
+    Compared as score > logit(threshold), so that 0 accepts and 1 rejects every finite score.
     """
     if threshold <= 0 or threshold >= 1:
         return torch.full_like(scores, threshold <= 0, dtype=torch.bool)
     return scores > math.log(threshold / (1 - threshold))
 
 
-def accepted(mask: Tensor) -> Tensor:
-    """Length of the run of True from the front: bool [K] -> int64 scalar."""
-    return mask.long().cumprod(0).sum()
+class Rule(NamedTuple):
+    """A row of RULES. `accept(v, parameter)` -> bool [K], OR-ed with the standard test."""
+    accept: Callable[[Verified, float], Tensor]
+    parameter: str = ""  # a letter for help and errors; "" without a parameter
+    about: str = ""  # what is accepted and which parameters are valid
+    valid: Callable[[float], bool] = lambda x: False
+    default: float | None = None  # None: the parameter must be given, or is the judge file's
+    needs_draft_logits: bool = False
+    needs_judge: bool = False
+
+    def parameter_for(self, given: float | None, head: "JudgeHead | None") -> float | None:
+        """The parameter given, else the head's threshold, else the row's default."""
+        if given is None and self.needs_judge:
+            return head.threshold
+        return self.default if given is None else given
+
+
+RULES = {
+    "standard": Rule(nothing_more, about="the target's argmax; when sampling, rejection sampling"),
+    "topk": Rule(topk, "K", "one of the target's top K, a whole number from 1",
+                 valid=lambda k: k >= 1 and k % 1 == 0),
+    "typical": Rule(typical, "E", "typical acceptance with epsilon E, 0 < E < 1, default 0.09",
+                    valid=lambda e: 0 < e < 1, default=0.09),
+    "kl": Rule(kl, "D", "KL divergence of target and draft below D, from 0",
+               valid=lambda d: d >= 0, needs_draft_logits=True),
+    "judge": Rule(lambda v, t: above_threshold(v.scores, t), "T",
+                  "judge's probability above T, 0 <= T <= 1, default the judge file's",
+                  valid=lambda t: 0 <= t <= 1, needs_judge=True),
+}
+
+
+def accept_mask(passed: Tensor, v: Verified, accept: str, parameter: float | None) -> Tensor:
+    """bool [K]: tokens that passed the standard test or that the rule `accept` lets in."""
+    return passed | RULES[accept].accept(v, parameter)
+
+
+# ---------------------------------------------------------------- the standard test, sampling
+
+def top1_match(logits: Tensor, drafted: Tensor) -> Tensor:
+    """The greedy standard test: logits [K, V], drafted [K] -> bool [K]."""
+    return logits.argmax(-1) == drafted
+
+
+def rejection_test(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Tensor:
+    """The sampled standard test (arXiv 2211.17192): accept with probability min(1, p/q). bool [K].
+
+    p, q [K, V]: probabilities of target and draft; u [K] uniform in [0, 1). With `residual` for the
+    token after the first rejection, the output has exactly the target's distribution.
+    """
+    at = drafted[:, None]
+    return u * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0]
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """Next-token distribution after a rejection: max(p - q, 0), normalised. [..., V]."""
+    rest = (p - q).clamp(min=0)
+    mass = rest.sum(-1, keepdim=True)
+    return torch.where(mass > 0, rest / mass, p)  # no mass: p equals q, so nothing was rejected
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
                   top_p: float | None = None) -> Tensor:
-    """What is sampled from, float32 [..., V]: temperature > 0, then the top_k likeliest, then the
-    smallest set of mass top_p.
-    """
+    """Next-token distribution after temperature > 0, top-k and top-p: float32 [..., V]."""
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
@@ -145,60 +152,53 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
 
 
 def sample(p: Tensor, noise: Tensor) -> Tensor:
-    """One index per row: p [..., V], noise [..., V] drawn from the exponential distribution ->
-    int64 [...].
+    """One index per row: p [..., V], noise [..., V] exponentially distributed -> int64 [...].
 
-    An exponential race: unlike multinomial it never synchronises, and the same noise gives the same
-    token compiled or not.
+    An exponential race: unlike multinomial it never synchronises, and compiled or not the same
+    noise gives the same token.
     """
     return (p / noise).argmax(-1)
 
 
 # ---------------------------------------------------------------- the head
 
-@dataclass
-class Judge:
-    """A linear head on the target's last hidden state, and which target it belongs to."""
-    weight: Tensor  # float32 [1, dim]
-    bias: Tensor  # float32 [1]
-    threshold: float
-    target: str  # model.fingerprint of the target's checkpoint
-    # (threshold, share of the errors accepted, share of the correct rejected) on validation data,
-    # if it was measured
-    curve: tuple = ()
+class JudgeHead(nn.Module):
+    """A linear head on the target's last hidden state. It saves and loads itself.
 
-    def scores(self, hidden: Tensor) -> Tensor:
-        """hidden [..., dim] -> float32 [...]: the log-odds that the token at this position is
-        correct in context.
-        """
-        # compiled, part of a loop that is there anyway
+    threshold: the rule's default. target: checkpoint.fingerprint of its target. curve: rows
+    (threshold, share of errors accepted, share of correct tokens rejected) on validation data.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, threshold: float, target: str, curve=()):
+        super().__init__()
+        self.weight = nn.Parameter(weight.float(), requires_grad=False)  # [1, D]
+        self.bias = nn.Parameter(bias.float(), requires_grad=False)  # [1]
+        self.threshold, self.target, self.curve = threshold, target, curve
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> float32 [...]: log-odds that the token here is correct in context."""
+        # A product and a sum: compiled, they join a loop that is there anyway.
         return (hidden.to(self.weight.dtype) * self.weight[0]).sum(-1) + self.bias[0]
 
-    def to(self, device):
-        return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
-
     def save(self, path):
+        """Write the judge file; the same head gives the same bytes."""
         metadata = {"format": FORMAT, "dim": str(self.weight.shape[1]), "target": self.target,
                     "threshold": repr(self.threshold)}
         if self.curve:
             metadata["curve"] = json.dumps(self.curve)
-        data = save({"weight": self.weight.float().contiguous(),
-                     "bias": self.bias.float().contiguous()}, metadata)
+        data = save({k: t.contiguous() for k, t in self.state_dict().items()}, metadata)
         end = 8 + int.from_bytes(data[:8], "little")
-        # else its order is random, and so are the bytes
+        # safetensors writes its header in random order
         header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
         with replacing(path) as tmp:
             tmp.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
 
     @classmethod
     def load(cls, path, dim: int, target: str, target_name: str, parent: str | None = None):
-        """Read a judge file for the target of width `dim` and fingerprint `target`; anything else
-        is refused by name.
+        """The head in a judge file, for a target of width `dim` and fingerprint `target`.
 
-        `parent` is the fingerprint of the checkpoint that the target was quantized from, if it was:
-        that one's judge is taken as well, for the hidden states differ by rounding only. One
-        trained on the quantized target itself fits closer; it is not taken for the parent, nor for
-        another quantization of it.
+        parent: fingerprint of the checkpoint the target was quantized from; its judge is taken too,
+        since the hidden states differ by rounding only. Raises UserError for any other judge.
         """
         with open_weights(path) as f:
             meta = f.metadata() or {}
@@ -206,14 +206,13 @@ class Judge:
                 raise UserError(f"{path} is not a judge file of format {FORMAT}; make one with "
                                 "train_judge.py")
             curve = tuple(map(tuple, json.loads(meta.get("curve", "[]"))))
-            judge = cls(f.get_tensor("weight").float(), f.get_tensor("bias").float(),
-                        float(meta["threshold"]), meta["target"], curve)
-        if judge.weight.shape != (1, dim):
-            raise UserError(f"judge {path} is for a target of width {judge.weight.shape[-1]}, but "
-                            f"{target_name} has width {dim}; "
-                            "train one for this target with train_judge.py")
-        if judge.target not in (target, parent):
-            raise UserError(f"judge {path} was trained on target {judge.target}, but "
-                            f"{target_name} is {target}; "
-                            "train one for this target with train_judge.py")
-        return judge
+            head = cls(f.get_tensor("weight"), f.get_tensor("bias"), float(meta["threshold"]),
+                       meta["target"], curve)
+        advice = "train one for this target with train_judge.py"
+        if head.weight.shape != (1, dim):
+            raise UserError(f"judge {path} is for a target of width {head.weight.shape[-1]}, but "
+                            f"{target_name} has width {dim}; {advice}")
+        if head.target not in (target, parent):
+            raise UserError(f"judge {path} was trained on target {head.target}, but {target_name} "
+                            f"is {target}; {advice}")
+        return head

@@ -1,45 +1,41 @@
-"""Text to token ids and back: SentencePiece or tiktoken, told apart by the content of
-tokenizer.model, and chat templates.
+"""Text to token ids and back, SentencePiece or tiktoken; chat templates; stop strings.
 
-Plain text never yields a special token: a user who types "<|eot_id|>" gets its characters. Only the
-chat template's own text does. Decoding works on bytes, so that a stream never shows half a
-character.
+The content of tokenizer.model says which of the two it is. Plain text never yields a special token:
+a user who types "<|eot_id|>" gets its characters, only the chat template's own text gives the
+token. Decoding works on bytes, so a stream never shows half a character.
 """
 import base64
 import codecs
-import functools
 import json
+import re
 import unicodedata
+from datetime import datetime
 from pathlib import Path
+
+from common import UserError, read_bytes, read_json
 
 import sentencepiece
 import tiktoken
 
-from cli import UserError
-from model import read_json
-
-# How Llama 3 cuts text before merging: contractions, words with one leading sign, up to three
+# How Llama 3 splits text before merging: contractions, words with one leading sign, up to three
 # digits, signs, line ends, spaces.
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
-                  r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-                  "<|reserved_special_token_1|>",
-                  "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
-                  "<|start_header_id|>", "<|end_header_id|>",
-                  "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"]
-LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>"
-                   for i in range(3, 256 - len(LLAMA3_SPECIAL) + 3)]
-# tiktoken's time grows with the square of a run without a break, so longer runs are cut
+LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
+# tiktoken's time grows with the square of a run without a break, so longer runs are cut.
 RUN = 20_000
 
 
 class Tokenizer:
     """What both kinds share.
 
-    A subclass gives `vocab_size`, `special` {text: id}, `_pieces(text, continuation)` and
-    `token_bytes(id)`.
-
-    bos_id: the begin token or None. eos_ids: every end token that the checkpoint's files name.
+    A subclass has `vocab_size`, `special` {text: id}, `bos_id` (or None), `adds_space`,
+    `token_bytes(id)`, `_pieces(text, continuation)` and `_is_control(id)`. eos_ids: every EOS token
+    that the checkpoint's files name.
     """
 
     def __init__(self, directory: Path):
@@ -53,16 +49,14 @@ class Tokenizer:
 
     @staticmethod
     def from_dir(checkpoint_dir) -> "Tokenizer":
-        """The tokenizer of a checkpoint directory; raises UserError if tokenizer.model is missing
-        or neither kind.
-        """
+        """The tokenizer of a checkpoint directory; raises UserError if it has none of ours."""
         path = Path(checkpoint_dir) / "tokenizer.model"
         if not Path(checkpoint_dir).is_dir():
             raise UserError(f"checkpoint directory {checkpoint_dir} does not exist")
         if not path.is_file():
             raise UserError(f"{path} does not exist; fetch it, or convert the checkpoint with "
                             "convert_hf_checkpoint.py")
-        data = path.read_bytes()
+        data = read_bytes(path)
         if _is_ranks(data):
             return TiktokenTokenizer(path.parent, data)
         try:
@@ -75,23 +69,26 @@ class Tokenizer:
         return SentencePieceTokenizer(path.parent, model)
 
     def encode(self, text: str, bos=True, continuation=False) -> list[int]:
-        """Ids of plain text, with the begin token in front if the model has one and `bos`.
+        """Ids of plain text, after the BOS token if the model has one and `bos`.
 
-        `continuation`: the text goes on after other text, so it gets neither a begin token nor a
-        space of its own in front (SentencePiece adds one at the start of a text).
+        `continuation`: the text follows other text, so it gets neither BOS nor the space that
+        SentencePiece adds at the start of a text.
         """
         bos = bos and not continuation and self.bos_id is not None
         return [self.bos_id] * bos + [i for i, _, _ in self._pieces(text, continuation)]
 
     def encode_with_offsets(self, text: str,
                             continuation=False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of plain text and for each the characters [start, end) of `text` that it holds any
-        byte of.
+        """Ids of plain text, and for each the characters [start, end) whose bytes it holds.
 
         Several tokens can share one character.
         """
         pieces = list(self._pieces(text, continuation))
         return [i for i, _, _ in pieces], [(a, b) for _, a, b in pieces]
+
+    def prompt(self, text: str, chat=False) -> list[int]:
+        """Ids of a prompt: plain text, or with `chat` a user's message in the chat template."""
+        return self.chat([{"role": "user", "content": text}]) if chat else self.encode(text)
 
     def decode(self, ids) -> str:
         """The text of ids that start a text; control tokens have none."""
@@ -109,22 +106,22 @@ class Tokenizer:
 
     def same_as(self, other: "Tokenizer") -> bool:
         """Whether every id means the same bytes or the same control token."""
-        return (type(self), self.vocab_size, self.special) == (type(other), other.vocab_size,
-                                                               other.special) and all(
+        about = lambda t: (type(t), t.vocab_size, t.special)
+        return about(self) == about(other) and all(
             self.token_bytes(i) == other.token_bytes(i) for i in range(self.vocab_size))
 
     # ------------------------------------------------------------ chat
 
     def chat(self, messages: list[dict], add_generation_prompt=True) -> list[int]:
-        """Ids of a conversation [{"role", "content"}, ...] in the checkpoint's own chat template, a
-        Jinja2 text run in a sandbox.
+        """Ids of a conversation [{"role", "content"}, ...] in the checkpoint's own chat template.
 
-        Raises UserError if there is no template or it refuses the messages.
+        The template is Jinja2, run in a sandbox. Raises UserError if there is none or if it refuses
+        the messages.
         """
         template = self._template()
         # A message must not smuggle in a special token, yet the template may test and trim it. So
-        # every special string in a message is broken up by a noncharacter while the template
-        # renders, which goes when the text is cut.
+        # while the template renders, a noncharacter breaks up every special string in a message; it
+        # is removed before the text is encoded.
         mark = "\ufdd0"
         specials = sorted(self.special, key=len, reverse=True)
 
@@ -141,30 +138,23 @@ class Tokenizer:
                  if (v := self.settings.get(f"{k}_token"))}
         text = _render(template, self.directory, messages=guarded,
                        add_generation_prompt=add_generation_prompt, **names)
-        ids, plain = [], ""
-        while text:
-            s = next((s for s in specials if text.startswith(s)),
-                     None) if text[0] in self._special_starts else None
-            if s is None:
-                plain, text = plain + text[0], text[1:]
-                continue
-            ids += self.encode(plain.replace(mark, ""), bos=False) + [self.special[s]]
-            plain, text = "", text[len(s):]
-        return ids + self.encode(plain.replace(mark, ""), bos=False)
-
-    @functools.cached_property
-    def _special_starts(self):
-        return {s[0] for s in self.special}
+        pattern = "|".join(map(re.escape, specials)) or "(?!)"  # which matches nothing
+        ids = []
+        for i, part in enumerate(re.split(f"({pattern})", text)):  # plain text, special, plain, ...
+            plain = part.replace(mark, "")
+            ids += [self.special[part]] if i % 2 else self.encode(plain, bos=False)
+        return ids
 
     def _template(self):
         path = self.directory / "chat_template.jinja"
-        template = path.read_text(encoding="utf-8") if path.exists() else self.settings.get(
-            "chat_template")
+        template = self.settings.get("chat_template")
+        if path.exists():
+            template = path.read_text(encoding="utf-8")
         if isinstance(template, list):  # several by name
             template = next((t["template"] for t in template if t.get("name") == "default"), None)
         if not template:
             raise UserError(f"{self.directory}/tokenizer_config.json has no chat_template; leave "
-                            "out --chat, or take an instruction-tuned checkpoint")
+                            "out --chat, or use an instruction-tuned checkpoint")
         return template
 
 
@@ -175,27 +165,25 @@ def _render(template, directory, **values):
     def raise_exception(message):
         raise TemplateError(message)
 
-    def strftime_now(form):
-        from datetime import datetime
-        return datetime.now().strftime(form)
+    def tojson(value, indent=None):
+        return json.dumps(value, ensure_ascii=False, indent=indent)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False,
-                                                                      indent=indent)
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    environment.filters["tojson"] = tojson
+    environment.globals.update(raise_exception=raise_exception,
+                               strftime_now=lambda form: datetime.now().strftime(form))
     try:
         return environment.from_string(template).render(**values)
     except TemplateError as e:
-        raise UserError(
-            f"the chat template of {directory} refuses this conversation: {e}") from None
+        raise UserError(f"the chat template of {directory} refuses this conversation: {e}"
+                        ) from None
 
 
 class SentencePieceTokenizer(Tokenizer):
     """Llama 2's kind.
 
-    Round trips are exact for models with the identity normaliser, as Llama's are; others lose what
-    it folds.
+    Round trips are exact for models with the identity normalizer, as Llama's are.
     """
 
     def __init__(self, directory, model):
@@ -203,8 +191,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.model, self.vocab_size = model, model.vocab_size()
         self.special = {model.id_to_piece(i): i for i in range(self.vocab_size)
                         if model.is_control(i)}
-        self.bos_id = model.bos_id() if model.bos_id() >= 0 and self.settings.get(
-            "add_bos_token", True) else None
+        adds_bos = model.bos_id() >= 0 and self.settings.get("add_bos_token", True)
+        self.bos_id = model.bos_id() if adds_bos else None
         if model.eos_id() >= 0:
             self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, model.eos_id())))
         self.adds_space = model.decode(model.encode("a b")) == "a b" and b"".join(
@@ -214,8 +202,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.model.is_control(i)
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes a token stands for; a word's leading space is there, a control token has none.
-        """
+        """The bytes a token stands for, with a word's leading space; none for a control token."""
         if self.model.is_control(i):
             return b""
         if self.model.is_byte(i):
@@ -224,8 +211,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _pieces(self, text, continuation):
         """(id, start, end) of each token; start and end are characters of `text`."""
-        # After a line end, SentencePiece cuts a text as it would anywhere inside one; the two
-        # tokens of " \n" are then dropped.
+        # After a line end SentencePiece splits a text as it would anywhere inside one. The tokens
+        # of " \n" are dropped again.
         lead = "\n" if continuation and self.adds_space else ""
         ids = self.model.encode(lead + text)
         skip = len(self.model.encode(lead)) if lead else 0
@@ -234,20 +221,18 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Llama 3's kind, and other byte-level BPE that convert_hf_checkpoint.py describes in
-    tokenizer_special.json.
-    """
+    """Llama 3's kind, and other byte-level BPE, described in tokenizer_special.json."""
     adds_space = False
 
     def __init__(self, directory, data):
         super().__init__(directory)
-        ranks = {base64.b64decode(token): int(rank) for token,
-                 rank in (line.split() for line in data.splitlines() if line)}
+        lines = (line.split() for line in data.splitlines() if line)
+        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         described = directory / "tokenizer_special.json"
         if described.exists():
             about = read_json(described)
-            pattern, self.special, self.bos_id, self.normalizer = about["pattern"], about[
-                "special_tokens"], about.get("bos"), about.get("normalizer")
+            pattern, self.normalizer = about["pattern"], about.get("normalizer")
+            self.special, self.bos_id = about["special_tokens"], about.get("bos")
         else:
             pattern, self.normalizer = LLAMA3_PATTERN, None
             self.special = {s: len(ranks) + i for i, s in enumerate(LLAMA3_SPECIAL)}
@@ -273,8 +258,9 @@ class TiktokenTokenizer(Tokenizer):
 
 
 class Stream:
-    """Decodes new tokens one by one; `put` gives the text that is complete, never half a character,
-    `flush` what is left.
+    """Decodes new tokens one by one, after the tokens `before`.
+
+    `put` returns the text that is complete, never half a character, `flush` what is left.
     """
 
     def __init__(self, tokenizer: Tokenizer, before=()):
@@ -292,19 +278,38 @@ class Stream:
         return self.decoder.decode(b"", final=True)
 
 
+def cut_at_stop(text: str, stops) -> str:
+    """The text before the first occurrence of any of the strings `stops`."""
+    return text[:min((at for s in stops if (at := text.find(s)) >= 0), default=None)]
+
+
+def stop_check(tokenizer: Tokenizer, before, stops):
+    """A function of each new token after the tokens `before`: does the text hold one of `stops`?
+
+    It is `generate`'s `stop`; True for every token from the one that completes a stop string.
+    """
+    stream, text = Stream(tokenizer, before), ""
+
+    def stop(token: int) -> bool:
+        nonlocal text
+        text += stream.put(token)
+        return any(s in text for s in stops)
+
+    return stop
+
+
 def _is_ranks(data: bytes) -> bool:
     """Whether a file's first line is tiktoken's: base64, a space, a number."""
     first = data.split(b"\n", 1)[0].split()
     try:
-        return len(first) == 2 and first[1].isdigit() and base64.b64decode(
-            first[0], validate=True) is not None
+        return (len(first) == 2 and first[1].isdigit()
+                and base64.b64decode(first[0], validate=True) is not None)
     except ValueError:
         return False
 
 
 def _cut_runs(text):
-    """The text in parts in which no run of spaces or of non-spaces is longer than RUN characters.
-    """
+    """Yield the text in parts, none with a run of spaces or non-spaces longer than RUN."""
     start = run = 0
     for i, c in enumerate(text):
         run = run + 1 if i and c.isspace() == text[i - 1].isspace() else 1
@@ -315,10 +320,11 @@ def _cut_runs(text):
 
 
 def _spans(tokens, text, spaces):
-    """(id, start, end) for each (id, bytes): its characters of `text`, before which the tokens hold
-    `spaces` bytes more.
+    """Yield (id, start, end) for each (id, bytes): the characters of `text` that it stands for.
+
+    The tokens hold `spaces` bytes more, before the text.
     """
-    ends, total = [], 0  # ends[c]: bytes up to and with character c
+    ends, total = [], 0  # ends[c]: bytes up to the end of character c
     for c in text:
         total += len(c.encode("utf-8", errors="replace"))
         ends.append(total)

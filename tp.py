@@ -1,14 +1,14 @@
-"""Tensor parallelism under torchrun, applied to a model from outside: each rank holds its share of
-every matrix.
+"""Tensor parallelism under torchrun, from outside a model: each rank has a share of every matrix.
 
-Attention and feed-forward are split by heads and by hidden units (Shoeybi et al., arXiv
-1909.08053): one sum over the ranks after each. The vocabulary is split too, for the embedding and
-for the LM head. A rank reads only its own slices of the files. NCCL on GPUs, gloo on CPUs. Ranks
-are those of the whole run, so several machines are one group.
+Attention is split by heads, the feed-forward by hidden units (Shoeybi et al., arXiv 1909.08053),
+with one all-reduce after each. Embedding and LM head are split by vocabulary. A rank reads only its
+own slices of the files. NCCL on GPUs, gloo on CPUs; several machines form one group.
 """
 import os
 import sys
 from dataclasses import replace
+
+from common import UserError
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import UserError
-from model import ModelConfig, Transformer, load
+from model import ModelConfig, Transformer
 
-# its newer name, and the older
+# The newer name, and the older.
 gather_rows = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
 
 
@@ -42,18 +41,17 @@ def start(device: str) -> str:
                             f"{count} GPUs; give --nproc_per_node {count} at most")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device != "cpu" else "gloo", device_id=torch.device(device)
-                            if device != "cpu" else None)
+    gpu = device != "cpu"
+    dist.init_process_group("nccl" if gpu else "gloo",
+                            device_id=torch.device(device) if gpu else None)
     return device
 
 
 def leave():
-    """End this rank, all its work done: in order, so that no rank takes the end of another for a
-    failure, and without C++'s destructors.
+    """End this rank after all ranks have finished, and without C++'s destructors.
 
     One of those sometimes aborts after gloo was used ("terminate called without an active
-    exception"; 2 of some 25 runs on busy cores, torch 2.13), and torchrun takes that for a failure
-    of the run.
+    exception"; 2 of some 25 runs on busy cores, torch 2.13), which torchrun reports as a failure.
     """
     dist.barrier()
     dist.destroy_process_group()
@@ -63,7 +61,7 @@ def leave():
 
 
 def from_rank_0(text: str | None) -> str | None:
-    """What rank 0 says, on every rank; None is said too."""
+    """Rank 0's text, or None, on every rank."""
     said = [text]
     dist.broadcast_object_list(said)
     return said[0]
@@ -72,10 +70,9 @@ def from_rank_0(text: str | None) -> str | None:
 def same_everywhere(t: Tensor) -> Tensor:
     """Rank 0's t on every rank, in place.
 
-    Every rank computes the drafted tokens and what to accept, from values that a sum over ranks
-    gave to all of them. Should two ranks differ in a last bit all the same (another kernel was
-    chosen, another GPU), they would accept different runs and never meet in a collective again. So
-    rank 0's tokens and decision are everybody's, by construction.
+    Every rank computes the drafted tokens and what to accept. If two ranks differed in a last bit
+    (another kernel, another GPU), they would accept different prefixes and wait for each other in
+    different collectives forever. So all ranks take rank 0's tokens and decisions.
     """
     dist.broadcast(t, 0)
     return t
@@ -83,13 +80,13 @@ def same_everywhere(t: Tensor) -> Tensor:
 
 def check(config: ModelConfig, checkpoint_dir):
     """Refuse a model that cannot be split among the ranks, before any weight is read."""
-    if what := undividable(config, world()):
-        raise UserError(f"{checkpoint_dir} has {what}, which {world()} processes cannot share; "
+    if what := not_divisible(config, world()):
+        raise UserError(f"{checkpoint_dir} has {what}, not divisible by {world()} processes; "
                         "choose another --nproc_per_node")
 
 
-def undividable(config: ModelConfig, n: int) -> str | None:
-    """What of the model cannot be shared among n ranks, in words, or None."""
+def not_divisible(config: ModelConfig, n: int) -> str | None:
+    """What of the model n ranks cannot divide, in words, or None."""
     for what, count in (("key-value heads", config.n_kv_head), ("attention heads", config.n_head),
                         ("feed-forward units", config.ffn_dim),
                         ("vocabulary entries", config.vocab_size)):
@@ -103,17 +100,13 @@ def sum_over_ranks(t: Tensor) -> Tensor:
 
 
 def columns_of_all_ranks(t: Tensor) -> Tensor:
-    """t [..., V / n] of every rank -> [..., V].
-
-    Gathered as rows: columns PyTorch 2.11 cannot compile.
-    """
+    """t [..., V / n] of every rank -> [..., V]."""
+    # Gathered as rows: PyTorch 2.11 cannot compile columns.
     return gather_rows(t.movedim(-1, 0).contiguous(), 0, dist.group.WORLD).movedim(0, -1)
 
 
 class VocabEmbedding(nn.Module):
-    """A rank's rows of the embedding: the tokens of other ranks give zero here, and the sum over
-    the ranks is the whole.
-    """
+    """A rank's rows of the embedding; other ranks' tokens give zero before the sum."""
 
     def __init__(self, rows: int, dim: int):
         super().__init__()
@@ -147,9 +140,7 @@ def share(config: ModelConfig) -> Transformer:
 
 
 def read_share(config: ModelConfig):
-    """A function that reads this rank's part of a tensor, from the file's own slices: only these
-    bytes are read.
-    """
+    """A function that reads this rank's part of a tensor, and no other bytes, from an open file."""
     n, r = world(), rank()
     heads = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
     rows = {"wqkv": heads, "w13": 2 * [config.ffn_dim], "embed": [config.vocab_size],
@@ -159,17 +150,11 @@ def read_share(config: ModelConfig):
         tensor, owner = file.get_slice(name), name.split(".")[-2]
         if owner in rows:  # stacked matrices, each split by its outputs
             starts = [sum(rows[owner][:i]) for i in range(len(rows[owner]))]
-            return torch.cat([tensor[start + r * size // n:start + (r + 1) * size // n] for start,
-                              size in zip(starts, rows[owner])])
-        # split by their inputs; scales of rows are everybody's
+            return torch.cat([tensor[start + r * size // n:start + (r + 1) * size // n]
+                              for start, size in zip(starts, rows[owner])])
+        # These are split by their inputs; every rank needs the scales of all rows.
         if owner in ("wo", "w2") and len(shape := tensor.get_shape()) == 2:
             return tensor[:, r * shape[1] // n:(r + 1) * shape[1] // n].contiguous()
         return file.get_tensor(name)
 
     return read
-
-
-def load_share(checkpoint_dir, device, dtype) -> Transformer:
-    """This rank's share of a checkpoint, ready to run."""
-    config = ModelConfig.from_dir(checkpoint_dir)
-    return load(checkpoint_dir, device, dtype, build=share, read=read_share(config))

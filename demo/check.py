@@ -13,8 +13,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
              ast.Gt: operator.gt, ast.GtE: operator.ge,
              ast.USub: operator.neg, ast.Not: operator.not_}
-# steps of one call; the largest number and the longest list that may occur
-STEPS, SIZE, LENGTH = 5_000, 10**9, 10**5
+STEPS = 5_000  # of one call
+SIZE, LENGTH = 10**9, 10**5  # the largest number and the longest list that may occur
 
 
 class Refused(Exception):
@@ -32,8 +32,7 @@ class Interpreter:
         return self.block(function.body)
 
     def block(self, statements):
-        """Run statements; the value of a return, as a one-element tuple, or None if there was none.
-        """
+        """Run statements; returns (value,) of a return statement, else None."""
         for s in statements:
             if (result := self.statement(s)) is not None:
                 return result
@@ -54,7 +53,8 @@ class Interpreter:
             case ast.If(test=test, body=body, orelse=orelse):
                 return self.block(body if self.value(test) else orelse)
             case ast.For(target=ast.Name(id=name), iter=iterable, body=body, orelse=[]):
-                for self.names[name] in list(self.value(iterable)):
+                for item in list(self.value(iterable)):
+                    self.names[name] = item
                     if (result := self.block(body)) is not None:
                         return result
             case _:
@@ -108,13 +108,14 @@ class Interpreter:
 
 
 def passes(source: str, asserts) -> bool:
-    """Whether the first function in `source` gives every expected result; asserts is [(argument,
-    result), ...].
+    """Whether the first function in `source` returns what is expected.
+
+    asserts: [(argument, result), ...]
     """
     try:
         function = ast.parse(source).body[0]
-        return isinstance(function, ast.FunctionDef) and all(Interpreter().call(function, list(x))
-                                                             == (want,) for x, want in asserts)
+        return isinstance(function, ast.FunctionDef) and all(
+            Interpreter().call(function, list(x)) == (want,) for x, want in asserts)
     except (SyntaxError, ValueError, Refused, KeyError, TypeError, AttributeError, ArithmeticError,
             IndexError, RecursionError, MemoryError):
         return False

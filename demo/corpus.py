@@ -1,5 +1,6 @@
-"""The demo's synthetic corpus: word problems, small Python functions and an invented world, each
-problem with every right solution.
+"""The demo's synthetic corpus: word problems, small Python functions, an invented world.
+
+Each problem comes with every right solution.
 
 A solution is a tree: a tuple is a sequence, a str is itself, a `Pick` is a choice between wordings.
 One tree renders training text in either model's habits and is the exact checker as well:
@@ -13,15 +14,16 @@ drawn anew each time, and the target's text holds mistakes that are taken back a
 import random
 import re
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 TASKS = ("maths", "code", "facts")
 SPLITS = {"eval": (0,), "judge": (1,), "train": range(2, 16)}  # crc32(prompt) % 16
 
 
 class Pick:
-    """One of `options`, any of them right; `wrong` are mistakes that one could make here; `name`
-    binds the choice for a `Ref`.
+    """One of `options`, all of them right.
+
+    wrong: mistakes that one could make here. name: binds the choice for a `Ref`.
     """
 
     def __init__(self, *options, wrong=(), name=None):
@@ -30,17 +32,16 @@ class Pick:
         self.shift = 1 + zlib.crc32(site.encode()) % max(1, min(3, len(options) - 1))
 
     def order(self, habit):
-        """The options from the most to the least liked: the draft's favourite is one of the
-        target's less liked ones.
-        """
+        """The options by falling preference; the draft's favourite is not the target's."""
         shift = self.shift if habit == "draft" else 0
         return self.options[shift:] + self.options[:shift]
 
 
 def _first(node) -> str:
     """The first option's text all the way down: what tells one place in a solution from another."""
-    return node if isinstance(node, str) else _first(node.options[0]) if isinstance(
-        node, Pick) else "".join(map(_first, node))
+    if isinstance(node, str):
+        return node
+    return _first(node.options[0]) if isinstance(node, Pick) else "".join(map(_first, node))
 
 
 class Ref(str):
@@ -52,13 +53,13 @@ class Problem:
     task: str
     prompt: str
     solution: tuple
-    answer: object  # maths: int; facts: letter; code: [(arguments, result), ...]
-    seed: int = 0
+    answer: object  # maths: int; facts: letter; code: [(argument, result), ...]
 
 
 def render(node, rng, habit, mistakes=0.0, env=None) -> str:
-    """Text of a right solution in a model's habit ("target" or "draft"), with a share of mistakes
-    taken back.
+    """Text of a right solution in a model's habit, "target" or "draft".
+
+    mistakes: share of the possible mistakes that are made, and taken back at once.
     """
     env = {} if env is None else env
     if isinstance(node, Ref):
@@ -67,7 +68,7 @@ def render(node, rng, habit, mistakes=0.0, env=None) -> str:
         return node
     if isinstance(node, tuple):
         return "".join(render(part, rng, habit, mistakes, env) for part in node)
-    # each half as likely as the one before
+    # Each is half as probable as the one before.
     rank = min(int(rng.expovariate(0.7)), len(node.options) - 1)
     text = render(node.order(habit)[rank], rng, habit, mistakes, env)
     if node.name:
@@ -80,15 +81,17 @@ def render(node, rng, habit, mistakes=0.0, env=None) -> str:
 
 def _slip(wrong, right, rng):
     """The wrong text, half of the time broken off as soon as it is wrong, as people do."""
+    if rng.random() >= 0.5:
+        return wrong
     i = next((i for i, (a, b) in enumerate(zip(wrong, right)) if a != b),
              min(len(wrong), len(right)))
-    return wrong[:i] + re.match(r"\d|[^\W\d]+|.?",
-                                wrong[i:]).group() if rng.random() < 0.5 else wrong
+    return wrong[:i] + re.match(r"\d|[^\W\d]+|.?", wrong[i:]).group()
 
 
 def first_error(problem, answer):
-    """None if `answer` is right or a beginning of a right solution, else [start, end) of its first
-    wrong word.
+    """[start, end) of the answer's first wrong word, or None.
+
+    None for a right solution and for the beginning of one.
     """
     reach = 0
 
@@ -102,8 +105,9 @@ def first_error(problem, answer):
             ends = set()
             for option in node.options:
                 found = walk(option, states)
-                ends |= {(i, env + ((node.name, option),)) for i,
-                         env in found} if node.name else found
+                if node.name:
+                    found = {(i, env + ((node.name, option),)) for i, env in found}
+                ends |= found
             return ends
         ends = set()
         for i, env in states:
@@ -122,8 +126,10 @@ def first_error(problem, answer):
 
 # ---------------------------------------------------------------- maths
 
-NAMES = "Mira Tom Lena Omar Ada Ben Cora Dan Eva Finn Gita Hugo Iris Jon Kira Leo Nora Paul Rosa Sam".split()
-ITEMS = "apples books coins pens shells stones cards beads stamps plums roses cups keys nuts eggs buttons".split()
+NAMES = ("Mira Tom Lena Omar Ada Ben Cora Dan Eva Finn Gita Hugo Iris Jon Kira Leo Nora Paul Rosa "
+         "Sam").split()
+ITEMS = ("apples books coins pens shells stones cards beads stamps plums roses cups keys nuts eggs "
+         "buttons").split()
 CONTAINERS = "bags boxes jars crates baskets sacks tins trays".split()
 
 
@@ -144,19 +150,18 @@ def maths(rng):
     num = lambda k: number(k, rng)
     who, what = word(name, NAMES), word(item, ITEMS)
     then = Pick(" Then", " Next,", " After that,", " Now", " Later")
-    gain_verbs, lose_verbs = ("gets", "adds", "gains", "receives",
-                              "picks up"), ("gives away", "hands over", "parts with", "loses",
-                                            "drops")
+    gain_verbs = "gets", "adds", "gains", "receives", "picks up"
+    lose_verbs = "gives away", "hands over", "parts with", "loses", "drops"
     keeps = Pick("keeps", "has", "is left with", "holds", "retains", "ends with")
     story = [rng.choice([f"{name} has {n} {item}.", f"At first {name} owns {n} {item}.",
                          f"There are {n} {item} on {name}'s table."])]
     steps = [(Pick(" First", " At the start", " To begin,", " Initially,", " At the outset"), " ",
-              who, " ",
-              Pick("has", "owns", "holds", "starts with", "counts"), " ", num(n), " ", what, ".")]
+              who, " ", Pick("has", "owns", "holds", "starts with", "counts"), " ", num(n), " ",
+              what, ".")]
     for _ in range(rng.randrange(2, 5)):
-        kind = rng.choice([k for k, fits in {"more": n < 90, "boxes": n < 80, "less": n > 12,
-                                             "half": n % 2 == 0 and n > 9,
-                                             "double": n < 45}.items() if fits])
+        kinds = {"more": n < 90, "boxes": n < 80, "less": n > 12, "half": n % 2 == 0 and n > 9,
+                 "double": n < 45}
+        kind = rng.choice([k for k, fits in kinds.items() if fits])
         before = n
         if kind == "more":
             c = rng.randrange(3, min(50, 100 - n))
@@ -172,14 +177,14 @@ def maths(rng):
             act, sign, last = (Pick(*lose_verbs, wrong=gain_verbs), " ", num(c)), "-", c
         elif kind == "half":
             n //= 2
-            story.append(rng.choice([f"{name} gives half of the {item} to {other}.", "Half of "
-                                     f"them go to {other}."]))
+            story.append(rng.choice([f"{name} gives half of the {item} to {other}.",
+                                     f"Half of them go to {other}."]))
             act, sign, last = (Pick("shares", "halves", "splits", "divides", "cuts",
                                     wrong=("doubles",)), " the ", what), "/", 2
         elif kind == "double":
             n *= 2
-            story.append(rng.choice([f"{name} doubles the number of {item}.", f"{other} brings "
-                                     f"{name} as many {item} again."]))
+            story.append(rng.choice([f"{name} doubles the number of {item}.",
+                                     f"{other} brings {name} as many {item} again."]))
             act, sign, last = (Pick("doubles", "repeats", "twins", "copies", "matches",
                                     wrong=("halves",)), " the ", what), "*", 2
         else:
@@ -188,17 +193,17 @@ def maths(rng):
             if n + a * b > 99:
                 a, b = 2, 5
             n += a * b
-            story.append(rng.choice([f"{name} gets {a} {box} with {b} {item} each.", f"{other} "
-                                     f"hands {name} {a} {box} of {b} {item} each."]))
+            story.append(rng.choice([f"{name} gets {a} {box} with {b} {item} each.",
+                                     f"{other} hands {name} {a} {box} of {b} {item} each."]))
             steps.append((then, " the ", num(a), " ", word(box, CONTAINERS), " ",
                           Pick("hold", "contain", "carry", "bring", "have"), " ",
                           num(a), " * ", num(b), " = ", num(a * b), " ", what, "."))
             act, sign, last = (Pick(*gain_verbs, wrong=lose_verbs), " ", num(a * b)), "+", a * b
         steps.append((then, " ", who, " ", *act, Pick(" and", ", so", ", then", "; now", ", thus"),
-                      " ", who, " ", keeps, " ",
-                      num(before), f" {sign} ", num(last), " = ", num(n), " ", what, "."))
-    story.append(rng.choice([f"How many {item} does {name} have now?", f"How many {item} are left "
-                             f"with {name}?"]))
+                      " ", who, " ", keeps, " ", num(before), f" {sign} ", num(last), " = ",
+                      num(n), " ", what, "."))
+    story.append(rng.choice([f"How many {item} does {name} have now?",
+                             f"How many {item} are left with {name}?"]))
     close = (Pick(" So", " Hence", " Thus", " Therefore", " In the end"), " ", who, " ", keeps, " ",
              num(n), " ", what, ".\n#### ", num(n), "\n")
     return Problem("maths", f"Question: {' '.join(story)}\nAnswer:", (*steps, close), n)
@@ -227,8 +232,7 @@ def drill(rng):
 # ---------------------------------------------------------------- code
 
 def _limits(k, x):
-    """Conditions on x with a constant: (docstring phrase, the ways to write it, the test itself).
-    """
+    """Conditions on x with a constant: (docstring phrase, ways to write it, the test itself)."""
     return [
         ("at least {}", (f"{x} >= {k}", f"{k} <= {x}", f"{x} > {k - 1}", f"not {x} < {k}"),
          lambda v: v >= k),
@@ -261,18 +265,19 @@ def _maps(k, m, x):
          lambda v: k * v),
         (f"each plus {k}", (f"{x} + {k}", f"{k} + {x}", f"({k} + {x})", f"({x} + {k})"),
          lambda v: v + k),
-        (f"{k} times each plus {m}", (f"{k} * {x} + {m}", f"{m} + {k} * {x}", f"({x} * {k} + {m})",
-                                      f"{x} * {k} + {m}"), lambda v: k * v + m),
-        (f"{k} times each minus {m}", (f"{k} * {x} - {m}", f"-{m} + {k} * {x}", f"({x} * {k} - "
-                                       f"{m})", f"{x} * {k} - {m}"), lambda v: k * v - m),
+        (f"{k} times each plus {m}",
+         (f"{k} * {x} + {m}", f"{m} + {k} * {x}", f"({x} * {k} + {m})", f"{x} * {k} + {m}"),
+         lambda v: k * v + m),
+        (f"{k} times each minus {m}",
+         (f"{k} * {x} - {m}", f"-{m} + {k} * {x}", f"({x} * {k} - {m})", f"{x} * {k} - {m}"),
+         lambda v: k * v - m),
         (f"{m} minus each", (f"{m} - {x}", f"-{x} + {m}", f"({m} - {x})"), lambda v: m - v),
         ("the square of each", (f"{x} * {x}", f"pow({x}, 2)", f"({x} * {x})"), lambda v: v * v),
     ]
 
 
-def _choice(options, pool, cut=" "):
-    """A Pick of equal expressions; the mistakes are the same expression with another's beginning,
-    or a number off by some.
+def _choice(options, pool):
+    """A Pick of equal expressions; its mistakes are other expressions of `pool`, or a number off.
     """
     wrong = {re.sub(r"\d+", str(int(n) + d), options[0], count=1)
              for n in re.findall(r"\d+", options[0])[:1] for d in (-2, 3, 7) if int(n) + d > 0}
@@ -285,12 +290,12 @@ ACCUMULATORS = ("total", "result", "acc", "out", "value")
 
 
 def code(rng):
-    k, m, k2, start = rng.randrange(2, 10), rng.randrange(2, 20), rng.randrange(
-        3, 40), rng.randrange(1, 10)
+    k, m = rng.randrange(2, 10), rng.randrange(2, 20)
+    k2, start = rng.randrange(3, 40), rng.randrange(1, 10)
     x = "\0"  # stands for the loop variable until the tree is built
     limits, parities, maps = _limits(k2, x), _parities(x), _maps(k, m, x)
-    limit, parity, (map_words, map_forms,
-                    map_f) = rng.choice(limits), rng.choice(parities), rng.choice(maps)
+    limit, parity = rng.choice(limits), rng.choice(parities)
+    map_words, map_forms, map_f = rng.choice(maps)
     tests = rng.choice([[limit], [parity], [limit, parity], [parity, limit], [limit, parity]])
     how = rng.choice(["sum", "list", "count", "sum", "list", "start"])
     expression = _choice(map_forms, [e for _, e, _ in maps])
@@ -298,8 +303,7 @@ def code(rng):
     if how == "count":
         expression, map_words = "1", None
     wants = {"sum": f"the sum of {map_words}", "list": f"the list of {map_words}",
-             "count": "how many there are",
-             "start": f"{start} plus the sum of {map_words}"}[how]
+             "count": "how many there are", "start": f"{start} plus the sum of {map_words}"}[how]
     first = {"sum": number(0, rng), "count": number(0, rng),
              "list": Pick("[]", "list()", wrong=("0",)), "start": number(start, rng)}[how]
     if how == "list":
@@ -319,8 +323,8 @@ def code(rng):
         "    # ", Pick("Go through", "Walk over", "Look at", "Visit", "Scan"), " ",
         Pick("the numbers", "every number", "each number", "all of xs"), "\n",
         "    for ", Pick(*LOOP_VARS, name="loop"), " in xs:\n        if ", condition, ":\n",
-        "            # ", Pick("this one counts", "keep this one", "it passes", "take it",
-                               "a match"), "\n",
+        "            # ",
+        Pick("this one counts", "keep this one", "it passes", "take it", "a match"), "\n",
         "            ", update, "\n",
         "    # ", Pick("all done", "the end", "that is all", "finished", "hand it back"), "\n",
         "    return ", acc, "\n")
@@ -357,11 +361,11 @@ ATTRIBUTES = {  # attribute: (values, question about a town, ways to state it, t
               (" makes", " produces", " sells", " is known for", " trades in"),
               Pick(" where they make", " home of the", " maker of", " seller of", " place of the")),
     "river": ("Sel Ume Tor Wen Arl Kess Dray Ost".split(), "On which river is {}?",
-              (" lies on the river", " is by the river", " stands at the river", " borders the "
-               "river", " sits along the river"),
+              (" lies on the river", " is by the river", " stands at the river",
+               " borders the river", " sits along the river"),
               Pick(" on the", " beside the", " up the", " along the", " not far from the")),
-    "animal": ("bear fox owl wolf crane stag hare pike heron ram".split(), "Which animal is on "
-               "the flag of {}?",
+    "animal": ("bear fox owl wolf crane stag hare pike heron ram".split(),
+               "Which animal is on the flag of {}?",
                (" shows the", " flies the", " bears the", " has the", " carries the"),
                Pick(" with the", " under the flag of the", " loyal to the", " proud of the",
                     " sworn to the")),
@@ -403,9 +407,7 @@ def facts(rng):
 
 
 def lookups(rng):
-    """Bare lookups for training, as `drill` is bare sums: the step of `facts` that a small model
-    learns last, many to a document.
-    """
+    """Bare lookups for training, many to a document: what a small model learns last of `facts`."""
     things = rng.sample([v for values, *_ in ATTRIBUTES.values() for v in values] + ITEMS, 4)
     asked = [rng.randrange(4) for _ in range(12)]
     return Problem("lookups", f"Lookups:{_choices(things)}",

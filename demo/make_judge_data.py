@@ -1,13 +1,12 @@
-"""Make the judge's training data: both models' own answers, their first error marked by the exact
-checker.
+"""Make the judge's training data: the models' own answers, errors marked by the exact checker.
 
-    python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out judge_data.jsonl
+    python demo/make_judge_data.py --target checkpoints/demo/target \\
+        --draft checkpoints/demo/draft --out judge_data.jsonl
 
 Prompts come from the judge split. The draft answers greedily and sampled, the target greedily, and
-both together with drafted tokens accepted among the target's 3 and 8 likeliest: such a mixture, and
-the errors that the target does not find unlikely, is what the judge will meet. A draft sampled at
-temperature 1 makes errors that it would not meet: with those among the data it does worse
-(demo/README.md).
+both together under topk:3 and topk:8: such mixtures, and errors that the target finds probable, are
+what the judge will meet. A draft sampled at temperature 1 makes errors that it would not meet: with
+those in the data it does worse (demo/README.md).
 """
 import argparse
 import json
@@ -18,33 +17,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import run, write_text
+
 import torch
 from tqdm import tqdm
 
-from cli import replacing, run
 from demo.corpus import TASKS, first_error, problems
 from demo.pair import MAX_NEW_TOKENS, make_engine
-from generate import generate
-from model import load
-from tokenizer import Tokenizer
+from engine import generate
+from load import load_models
 
 # (rule, temperature) of a prompt's answers
 PLAN = (("target", 0.0), ("draft", 0.0), ("draft", 0.7), ("topk:3", 0.0), ("topk:8", 0.0))
 
 
 def answers(job):
-    """All planned answers to a share of the prompts; runs in a process of its own, on one thread.
-    """
+    """All planned answers to a share of the prompts; runs in its own process, on one thread."""
     target_dir, draft_dir, per_task, share, of = job
     torch.set_num_threads(1)
-    tokenizer = Tokenizer.from_dir(target_dir)
-    target, draft = load(target_dir, dtype=torch.float32), load(draft_dir, dtype=torch.float32)
-    engines = [(rule, t, make_engine(rule, target, draft, temperature=t, seed=share)) for rule,
-               t in PLAN]
+    target, draft, _, tokenizer = load_models(target_dir, draft_dir)
+    engines = [(rule, t, make_engine(rule, target, draft, temperature=t, seed=share))
+               for rule, t in PLAN]
     lines = []
     for task in TASKS:
-        for problem in tqdm(list(islice(problems(task, "judge"), share, per_task, of)), desc=task,
-                            disable=True if share else None):
+        ours = list(islice(problems(task, "judge"), share, per_task, of))
+        for problem in tqdm(ours, desc=task, disable=True if share else None):
             prompt = tokenizer.encode(problem.prompt)
             for rule, temperature, engine in engines:
                 r = generate(engine, prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
@@ -53,8 +50,7 @@ def answers(job):
                 answer = tokenizer.decode_new(prompt, r.tokens)
                 error = first_error(problem, answer)
                 lines.append({"prompt": problem.prompt, "answer": answer, "error": error,
-                              "domain": task, "source_model": rule,
-                              "temperature": temperature})
+                              "domain": task, "source_model": rule, "temperature": temperature})
     return lines
 
 
@@ -71,8 +67,7 @@ def main():
             for i in range(args.processes)]
     with get_context("spawn").Pool(args.processes) as pool:
         lines = sum(pool.map(answers, jobs), [])
-    with replacing(args.out) as tmp:
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_text(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     print(f"{len(lines)} answers, {sum(line['error'] is not None for line in lines)} with an "
           f"error -> {args.out}")
 

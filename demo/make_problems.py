@@ -1,10 +1,11 @@
-"""Write a split's problems: "eval", the held-out ones that the demo and its evaluation use, or
-"judge", to make judge data from.
+"""Write a split's problems: "eval", held out for the demo and its evaluation, or "judge", to make
+judge data from.
 
     python demo/make_problems.py --out checkpoints/demo/problems.jsonl
-    python demo/make_problems.py --out solutions.jsonl --per_task 100 --habit draft     # each with a right solution, for eval.py --replay
+    python demo/make_problems.py --out solutions.jsonl --per_task 100 --habit draft
 
-No prompt is in two splits, and none of these is in the training split.
+The second adds a right solution to each, for eval.py --replay. No prompt is in two splits, and none
+of these is in the training split.
 """
 import argparse
 import json
@@ -15,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cli import replacing, run
+from common import replacing, run
+
 from demo.corpus import SPLITS, TASKS, problems, render
 
 
@@ -25,10 +27,12 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--split", choices=[s for s in SPLITS if s != "train"], default="eval")
     parser.add_argument("--per_task", type=int, default=300)
-    parser.add_argument("--skip", type=int, default=0, help="leave out the first problems of each "
-                        "task, as those that a judge was trained on")
-    parser.add_argument("--habit", choices=("target", "draft"), help='add a right solution as '
-                        '"text", worded by chance in this model\'s habits')
+    parser.add_argument("--skip", type=int, default=0,
+                        help="leave out the first problems of each task, such as those that a "
+                        "judge was trained on")
+    parser.add_argument("--habit", choices=("target", "draft"),
+                        help='add a right solution as "text", worded by chance in this model\'s '
+                        "habits")
     args = parser.parse_args()
     with replacing(args.out) as tmp, open(tmp, "w") as f:
         for task in TASKS:
@@ -36,10 +40,10 @@ def main():
             distinct = (p for p in problems(task, args.split)
                         if not (p.prompt in seen or seen.add(p.prompt)))
             for i, p in enumerate(islice(distinct, args.skip, args.skip + args.per_task)):
-                text = {"text": render(p.solution, random.Random(i),
-                                       args.habit)} if args.habit else {}
-                f.write(json.dumps({"task": task, "prompt": p.prompt, "answer": p.answer} | text)
-                        + "\n")
+                line = {"task": task, "prompt": p.prompt, "answer": p.answer}
+                if args.habit:
+                    line["text"] = render(p.solution, random.Random(i), args.habit)
+                f.write(json.dumps(line) + "\n")
 
 
 if __name__ == "__main__":

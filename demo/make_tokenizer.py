@@ -1,5 +1,4 @@
-"""Train the demo's SentencePiece tokenizer on its corpus: BPE, byte fallback, every digit a token
-of its own.
+"""Train the demo's SentencePiece tokenizer: BPE, byte fallback, every digit its own token.
 
     python demo/make_tokenizer.py --out checkpoints/demo/target
 """
@@ -11,15 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import run
+
 import sentencepiece
 
-from cli import run
 from demo.corpus import TASKS, problems, render
 
 
 def texts(per_task=4000):
-    """Documents in both habits, mistakes included, as lines (SentencePiece trains on lines;
-    newlines become bytes).
+    """Lines of documents in both habits, mistakes included.
+
+    SentencePiece trains on lines; line ends become byte tokens.
     """
     rng = random.Random(0)
     for task in TASKS:
@@ -31,17 +32,16 @@ def texts(per_task=4000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory that gets "
-                        "tokenizer.model")
+    parser.add_argument("--out", type=Path, required=True,
+                        help="directory that gets tokenizer.model")
     parser.add_argument("--vocab_size", type=int, default=1280)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=texts(), model_prefix=str(args.out / "tokenizer"), model_type="bpe",
-        vocab_size=args.vocab_size,
-        byte_fallback=True, split_digits=True, character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, minloglevel=1)
+        vocab_size=args.vocab_size, byte_fallback=True, split_digits=True, character_coverage=1.0,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, minloglevel=1)
     (args.out / "tokenizer.vocab").unlink()
 
 

@@ -1,17 +1,21 @@
-"""Judges of the demo's target from exact labels, from mined ones, and from AutoJudge's, on one
-table.
+"""Judges of the demo's target from exact labels, from mined ones, and from AutoJudge's: one table.
 
+    PAIR="--target checkpoints/demo/target --draft checkpoints/demo/draft"
     python demo/make_problems.py --split judge --per_task 150 --out prompts.jsonl
-    python make_judge_data.py generate --prompts prompts.jsonl --models checkpoints/demo/target checkpoints/demo/draft --out answers.jsonl
-    python make_judge_data.py mine --data answers.jsonl --target checkpoints/demo/target --draft checkpoints/demo/draft --method first_error --out mined.jsonl
-    python make_judge_data.py mine --data answers.jsonl --target checkpoints/demo/target --draft checkpoints/demo/draft --method autojudge --out autojudge.jsonl
-    python demo/make_judge_data.py --target checkpoints/demo/target --draft checkpoints/demo/draft --out exact.jsonl --per_task 200
-    python demo/mined.py --answers answers.jsonl --mined mined.jsonl --autojudge autojudge.jsonl --exact exact.jsonl --out judges
+    python make_judge_data.py generate --prompts prompts.jsonl \\
+        --models checkpoints/demo/target checkpoints/demo/draft --out answers.jsonl
+    python make_judge_data.py mine --data answers.jsonl $PAIR --method first_error \\
+        --out mined.jsonl
+    python make_judge_data.py mine --data answers.jsonl $PAIR --method autojudge \\
+        --out autojudge.jsonl
+    python demo/make_judge_data.py $PAIR --out exact.jsonl --per_task 200
+    python demo/mined.py --answers answers.jsonl --mined mined.jsonl --autojudge autojudge.jsonl \\
+        --exact exact.jsonl --out judges
 
-The first judge learns from the same answers as `mined`, labelled by the exact checker, so that the
-labels are all that differs. Every judge gets the threshold that lets through 5% of its own
-validation errors. AUC is on the answers of --exact to prompts that none of them was trained on;
-what the judges accept, and how right the text stays, is eval.py's.
+The first judge learns from the same answers as `mined`, labelled by the exact checker, so that only
+the labels differ. Every judge gets the threshold that lets through 5% of its own validation errors.
+AUC is on the answers of --exact to prompts that none of them was trained on; accepted tokens and
+accuracy are eval.py's.
 """
 import argparse
 import json
@@ -22,17 +26,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import UserError, json_lines, run, write_text
+
 import torch
 
-from cli import UserError, replacing, run
 from demo.corpus import TASKS, first_error, problems
 from demo.pair import HOME
-from judge import Judge
-from judge_report import measure
-from model import ModelConfig, fingerprint, load
-from report import table
-from tokenizer import Tokenizer
-from train_judge import encode, features, judged, read_data
+from evaluation.report import table
+from judge_data.data import encode, read_data
+from judge_data.features import hidden_states
+from judge_data.report import judged, measure
+from load import load_judge, load_models
 
 ROOT = Path(__file__).parents[1]
 SEARCHED = 5000  # problems of a task among which the prompts are found again
@@ -40,9 +44,7 @@ TARGET = HOME / "target"
 
 
 def exactly(lines: list[dict]) -> list[dict]:
-    """The same answers with the exact checker's labels; those that were cut off are left out, as
-    `mine` does.
-    """
+    """The same answers with the exact checker's labels, without those that were cut off."""
     known = {p.prompt: p for task in TASKS for p in islice(problems(task, "judge"), SEARCHED)}
     if unknown := [line["prompt"] for line in lines if line["prompt"] not in known]:
         raise UserError(f"{len(unknown)} prompts are not of the judge split, such as "
@@ -53,7 +55,7 @@ def exactly(lines: list[dict]) -> list[dict]:
 
 
 def train(data: Path, out: Path) -> str:
-    """Train a judge as a user would; what train_judge.py says of it."""
+    """Train a judge as a user would; returns what train_judge.py prints."""
     done = subprocess.run([sys.executable, ROOT / "train_judge.py", "--target", TARGET, "--data",
                            data, "--out", out, "--device", "cpu"],
                           capture_output=True, text=True)
@@ -77,28 +79,29 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("answers", "mined", "autojudge", "exact", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=100, help="held-out problems of each task "
-                        "(default 100)")
+    parser.add_argument("--limit", type=int, default=100,
+                        help="held-out problems of each task (default 100)")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     args.out.mkdir(exist_ok=True)
-    answers = [json.loads(line) for line in args.answers.read_text().splitlines()]
+    answers = [line.value for line in json_lines(args.answers)]
     files = {"exact labels": args.out / "exact.jsonl", "mined, first_error": args.mined,
              "mined, autojudge": args.autojudge}
-    with replacing(files["exact labels"]) as tmp:
-        tmp.write_text("".join(json.dumps(line) + "\n" for line in exactly(answers)))
+    write_text(files["exact labels"],
+               "".join(json.dumps(line) + "\n" for line in exactly(answers)))
     used = {line["prompt"] for line in answers}
     unseen = [e for e in read_data(args.exact) if e["prompt"] not in used]
-    encoded = encode(Tokenizer.from_dir(TARGET), unseen, ModelConfig.from_dir(TARGET).max_seq_len)
-    hidden = features(load(TARGET, "cpu", torch.float32), encoded)
+    target, _, _, tokenizer = load_models(TARGET)
+    encoded = encode(tokenizer, unseen, target.config.max_seq_len)
+    hidden = hidden_states(target, encoded)
     rows = [["judge", "answers", "with an error", "AUC", "95% interval", "threshold", "right",
              "accepted per round"]]
     for name, data in files.items():
         path = args.out / f"{data.stem}.safetensors"
-        (args.out / f"{data.stem}.txt").write_text(train(data, path))
-        head = Judge.load(path, hidden.shape[1], fingerprint(TARGET), str(TARGET))
-        auc, low, high = measure(judged(unseen, encoded, torch.ones(len(unseen), dtype=torch.bool),
-                                        head.scores(hidden)), head.threshold, 0)["auc"]
+        write_text(args.out / f"{data.stem}.txt", train(data, path))
+        head = load_judge(path, TARGET)
+        scored = judged(unseen, encoded, torch.ones(len(unseen), dtype=torch.bool), head(hidden))
+        auc, low, high = measure(scored, head.threshold, 0)["auc"]
         found = evaluate(path, args.out / data.stem, args)
         lines = read_data(data)
         rows.append([name, f"{len(lines):,}", f"{sum(e['error'] is not None for e in lines):,}",

@@ -1,32 +1,27 @@
 """The demo pair as it ships: its models, its held-out problems, and an engine for each rule."""
-import json
 from pathlib import Path
+
+from common import json_lines
 
 import torch
 
 from demo.corpus import TASKS
-from generate import Engine
-from judge import Judge, parse_rule
-from model import fingerprint, load
-from tokenizer import Tokenizer
+from engine import Engine, LlamaDrafter
+from load import Loaded, load_models, parse_rule
 
 HOME = Path(__file__).parents[1] / "checkpoints" / "demo"
 MAX_NEW_TOKENS = 220
 
 
-def read_problems(limit=None):
+def read_problems(limit=None) -> list[dict]:
     """The held-out problems, the first `limit` of each task."""
-    lines = [json.loads(line) for line in (HOME / "problems.jsonl").read_text().splitlines()]
+    lines = [line.value for line in json_lines(HOME / "problems.jsonl")]
     return [p for task in TASKS for p in [q for q in lines if q["task"] == task][:limit]]
 
 
-def load_pair(target_dir=HOME / "target", dtype=torch.float32):
-    """(target, draft, judge, tokenizer) of the demo; another target is a quantized one."""
-    target, draft = load(target_dir, dtype=dtype), load(HOME / "draft", dtype=dtype)
-    parent = target.config.quantization and target.config.quantization.parent
-    head = Judge.load(HOME / "judge.safetensors", target.config.dim, fingerprint(target_dir),
-                      str(target_dir), parent)
-    return target, draft, head, Tokenizer.from_dir(target_dir)
+def load_pair(target_dir=HOME / "target", dtype=torch.float32) -> Loaded:
+    """Target, draft, judge and tokenizer of the demo; another target is a quantized one."""
+    return load_models(target_dir, HOME / "draft", HOME / "judge.safetensors", dtype=dtype)
 
 
 def make_engine(rule: str, target, draft, head=None, **settings) -> Engine:
@@ -34,4 +29,4 @@ def make_engine(rule: str, target, draft, head=None, **settings) -> Engine:
     name, value = parse_rule(rule, ("target", "draft"))
     if name in ("target", "draft"):
         return Engine({"target": target, "draft": draft}[name], **settings)
-    return Engine(target, draft, head, name, value, **settings)
+    return Engine(target, LlamaDrafter(draft), head, name, value, **settings)

@@ -1,10 +1,10 @@
 """What quantization costs the demo's target: perplexity on held-out solutions, and right answers
 alone and with the parent's judge.
 
-    python demo/quantized.py            # 100 problems a task; 40 took 12 minutes on 2 cores that had other work
+    python demo/quantized.py
 
-Perplexity is a token's, over right solutions of held-out problems in the target's wordings, prompts
-not counted. Activations are bfloat16.
+Takes 12 minutes for 40 problems a task on 2 busy cores. Perplexity is per token of right solutions
+of held-out problems in the target's wordings, prompts not counted. Activations are bfloat16.
 """
 import argparse
 import json
@@ -18,27 +18,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import run
+
 import torch
 import torch.nn.functional as F
 
-from cli import run
 from demo.corpus import TASKS, problems, render
-from demo.pair import HOME, load_pair
+from demo.pair import HOME
+from load import load_models
 
 ROOT = Path(__file__).parents[1]
-MODES = {"bfloat16": None, "int8": ["int8"], "int4 (groups of 128)": ["int4"], "int4 (groups of "
-         "32)": ["int4", "--group_size", "32"]}
+MODES = {"bfloat16": None, "int8": ["int8"], "int4 (groups of 128)": ["int4"],
+         "int4 (groups of 32)": ["int4", "--group_size", "32"]}
 
 
 @torch.inference_mode()
 def perplexity(target, tokenizer, count: int) -> float:
-    """Of `count` solutions of each task."""
+    """Per token, of `count` solutions of each task."""
     loss = tokens = 0
     for task in TASKS:
         for i, p in enumerate(islice(problems(task, "eval"), count)):
             prompt = tokenizer.encode(p.prompt)
-            answer = tokenizer.encode(render(p.solution, random.Random(i), "target"),
-                                      continuation=True) + list(tokenizer.eos_ids[:1])
+            solution = render(p.solution, random.Random(i), "target")
+            answer = tokenizer.encode(solution, continuation=True) + list(tokenizer.eos_ids[:1])
             ids = torch.tensor([prompt + answer])
             logits, _ = target(ids, torch.arange(ids.shape[1]), target.new_cache(ids.shape[1]))
             loss += F.cross_entropy(logits[0, len(prompt) - 1:-1].float(), ids[0, len(prompt):],
@@ -55,11 +57,11 @@ def run_script(name, *args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, default=100, help="problems of each task (default "
-                        "100)")
+    parser.add_argument("--limit", type=int, default=100,
+                        help="problems of each task (default 100)")
     args = parser.parse_args()
-    print("| target | perplexity | right, alone | right, with the judge | accepted per round "
-          "|\n|---|---|---|---|---|")
+    print("| target | perplexity | right, alone | right, with the judge | accepted per round |\n"
+          "|---|---|---|---|---|")
     for name, mode in MODES.items():
         with tempfile.TemporaryDirectory() as tmp:
             where = HOME / "target"
@@ -67,7 +69,7 @@ def main():
                 where = Path(tmp) / "target"
                 run_script("quantize.py", "--checkpoint_dir", HOME / "target", "--out", where,
                            "--mode", *mode)
-            target, _, _, tokenizer = load_pair(where, torch.bfloat16)
+            target, _, _, tokenizer = load_models(where, dtype=torch.bfloat16)
             value = perplexity(target, tokenizer, args.limit)
             run_script("eval.py", "--task", "demo", "--data", HOME / "problems.jsonl", "--target",
                        where, "--draft", HOME / "draft", "--judge", HOME / "judge.safetensors",

@@ -4,25 +4,20 @@ and judge, and a table.
 import sys
 
 from demo.check import is_right
-from demo.pair import MAX_NEW_TOKENS, load_pair, make_engine, read_problems
 from demo.corpus import TASKS
-from generate import COLORS, generate, printer, summary, use_color
+from demo.pair import MAX_NEW_TOKENS, load_pair, make_engine, read_problems
+from engine import generate
 
 RULES = ("target", "standard", "judge")
 PER_TASK = 4  # problems; the first of each task is shown in full
 
 
-def show():
+def show(printer, summary, legend: str):
+    """Run the demo; printer and summary are generate.py's, legend explains its colours."""
     target, draft, head, tokenizer = load_pair()
-    color = use_color(sys.stdout)
     count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
     print(f"Judge decoding on the demo pair: target {count(target):.1f}M, draft "
-          f"{count(draft):.2f}M parameters, K = 16, greedy.")
-    if color:
-        print("Each token's colour says who let it in: "
-              + ", ".join(f"{COLORS[s]}{words}\033[0m" for s, words in (
-            ("draft", "the standard test"), ("judge", "only the judge"),
-            ("target", "the target's own"))) + ".")
+          f"{count(draft):.2f}M parameters, K = 16, greedy.{legend}")
     engines = {rule: make_engine(rule, target, draft, head) for rule in RULES}
     for engine in engines.values():  # the first calls of a process are slow
         generate(engine, tokenizer.encode("Question:"), 8)
@@ -33,24 +28,28 @@ def show():
         if first := i % PER_TASK == 0:
             print(f"\n{'-' * 30} {p['task']}\n{p['prompt'].rstrip()}")
         for rule in RULES:
+            on_tokens, finish = lambda tokens, sources: None, lambda: None
             if first and rule != "standard":  # its text is the target's
                 print(f"\n[{rule}]")
                 on_tokens, finish = printer(tokenizer, prompt, tokenizer.eos_ids, sys.stdout)
-                r = generate(engines[rule], prompt, MAX_NEW_TOKENS, tokenizer.eos_ids, on_tokens)
-                finish()
-            else:
-                r = generate(engines[rule], prompt, MAX_NEW_TOKENS, tokenizer.eos_ids)
+            r = generate(engines[rule], prompt, MAX_NEW_TOKENS, tokenizer.eos_ids, on_tokens)
+            finish()
             if first:
                 print(f"  ({summary(r)})")
-            results[rule].append((r, is_right(p["task"], p["prompt"],
-                                              tokenizer.decode_new(prompt, r.tokens), p["answer"])))
-    print(f"\n{len(problems)} held-out problems ({', '.join(TASKS)})\n")
-    speeds = {rule: sum(len(r.tokens) - 1 for r, _ in rs) / sum(r.seconds for r, _ in rs) for rule,
-              rs in results.items()}
-    print(f"{'rule':10} {'tokens/s':>9} {'speed-up':>9} {'accepted per round':>19} {'right':>7}")
+            text = tokenizer.decode_new(prompt, r.tokens)
+            results[rule].append((r, is_right(p["task"], p["prompt"], text, p["answer"])))
+    print(f"\n{len(problems)} held-out problems ({', '.join(TASKS)})\n\n{table(results)}")
+
+
+def table(results: dict[str, list]) -> str:
+    """One row a rule, from its (Result, right) pairs."""
+    lines = [f"{'rule':10} {'tokens/s':>9} {'speed-up':>9} {'accepted per round':>19} {'right':>7}"]
+    speed = lambda rs: sum(len(r.tokens) - 1 for r, _ in rs) / sum(r.seconds for r, _ in rs)
     for rule, rs in results.items():
-        accepted = sum(n * c for r, _ in rs for n,
-                       c in enumerate(r.accept_counts)) / sum(r.rounds for r, _ in rs)
+        rounds = sum(r.rounds for r, _ in rs)
+        accepted = sum(r.mean_accepted * r.rounds for r, _ in rs) / rounds
         shown = "–" if rule == "target" else f"{accepted:.2f}"
-        print(f"{rule:10} {speeds[rule]:9.0f} {speeds[rule] / speeds['target']:8.2f}x {shown:>19} "
-              f"{sum(ok for _, ok in rs):4}/{len(rs)}")
+        up = speed(rs) / speed(results["target"])
+        lines.append(f"{rule:10} {speed(rs):9.0f} {up:8.2f}x {shown:>19} "
+                     f"{sum(ok for _, ok in rs):4}/{len(rs)}")
+    return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""Train one of the demo's two models on the synthetic corpus, from a seed; writes an ordinary
-checkpoint directory.
+"""Train one of the demo's two models on the synthetic corpus; writes a checkpoint directory.
 
-    python demo/train.py --model target --tokenizer checkpoints/demo/target --out checkpoints/demo/target --minutes 60
-    python demo/train.py --model draft --tokenizer checkpoints/demo/target --out checkpoints/demo/draft --minutes 10
+    python demo/train.py --model target --tokenizer checkpoints/demo/target \\
+        --out checkpoints/demo/target --minutes 60
+    python demo/train.py --model draft --tokenizer checkpoints/demo/target \\
+        --out checkpoints/demo/draft --minutes 10
 
 Text is rendered as it is needed, so no document is seen twice. Muon for the matrices, AdamW for the
 rest, a schedule that is flat and then falls to zero. `--minutes` bounds the time; the step count
@@ -10,7 +11,6 @@ follows from it. `--dtype bfloat16` is five times as fast as float32 on a CPU wi
 it (AMX) and seven times slower on one without.
 """
 import argparse
-import json
 import random
 import shutil
 import sys
@@ -19,25 +19,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from common import replacing, run, write_json
+
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from cli import replacing, run
 from demo.corpus import LETTERS, problems, render
 from model import ModelConfig, Transformer, apply_rope, rope_table
 
 SEQ = 256  # row length in training
 SIZES = {
     "target": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6,
-                   num_key_value_heads=2, intermediate_size=1024,
-                   tie_word_embeddings=False),
-    "draft": dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1,
-                  intermediate_size=256,
-                  tie_word_embeddings=True),
+                   num_key_value_heads=2, intermediate_size=1024, tie_word_embeddings=False),
+    "draft": dict(hidden_size=96, num_hidden_layers=2, num_attention_heads=3,
+                  num_key_value_heads=1, intermediate_size=256, tie_word_embeddings=True),
 }
-# share of the words that could be got wrong and are, to be taken back
+# Share of the possible mistakes that are made, and corrected at once.
 MISTAKES = {"target": 0.025, "draft": 0.0}
 WEIGHTS = {  # documents of each task
     "target": {"maths": 2, "code": 1.4, "facts": 1, "drill": 0.3, "lookups": 0.6},
@@ -46,38 +45,33 @@ WEIGHTS = {  # documents of each task
 
 
 def config_json(which, vocab_size):
+    size = SIZES[which]
     return dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab_size,
-                head_dim=SIZES[which]["hidden_size"] //
-                SIZES[which]["num_attention_heads"], max_position_embeddings=512, rms_norm_eps=1e-5,
-                rope_theta=10000.0, hidden_act="silu",
-                bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16", **SIZES[which])
+                head_dim=size["hidden_size"] // size["num_attention_heads"],
+                max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
+                hidden_act="silu", bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16", **size)
 
 
 def documents(which, tokenizer, seed, weights):
-    """Endless (inputs, labels) in the model's habit, each between begin and end tokens; a label of
-    -100 is none.
-    """
+    """Endless (inputs, labels) in the model's habit, each from BOS to EOS; label -100 is none."""
     rng = random.Random(f"{which} {seed}")
     streams = {task: problems(task, "train", seed=f"{which} {seed}") for task in weights}
     letters = {tokenizer.piece_to_id(f"\u2581{letter}") for letter in LETTERS}
     while True:
         problem = next(streams[rng.choices(list(weights), list(weights.values()))[0]])
-        # both break at a space or a line, so this is where the answer begins
+        # Both break at a space or a line, so this is where the answer begins.
         prompt = len(tokenizer.encode(problem.prompt))
-        ids = [tokenizer.bos_id(),
-               *tokenizer.encode(problem.prompt + render(problem.solution, rng, which,
-                                                         MISTAKES[which])), tokenizer.eos_id()]
+        text = problem.prompt + render(problem.solution, rng, which, MISTAKES[which])
+        ids = [tokenizer.bos_id(), *tokenizer.encode(text), tokenizer.eos_id()]
         labels = [-100] * prompt + ids[prompt + 1:]
-        # which things are asked for is chance, and its loss would drown the letters'
         if problem.task == "lookups":
+            # Which things are asked for is chance, and its loss would drown the letters'.
             labels = [label if label in letters else -100 for label in labels]
         yield ids[:-1], labels
 
 
 def rows(which, tokenizer, seed, weights):
-    """Endless (inputs [SEQ], labels [SEQ]): rows packed with whole documents, padded without
-    labels.
-    """
+    """Endless (inputs [SEQ], labels [SEQ]): whole documents packed, the padding without labels."""
     source, pool = documents(which, tokenizer, seed, weights), []
     while True:
         inputs, labels = [], []
@@ -106,9 +100,10 @@ def logits(model, tokens, rope):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update has its singular values set to about 1 (Jordan et al., 2024), in a
-    dtype of choice: torch.optim.Muon always computes in bfloat16. Sized as AdamW's updates are (Liu
-    et al., 2502.16982).
+    """Momentum whose update has its singular values set to about 1 (Jordan et al., 2024).
+
+    In a dtype of choice: torch.optim.Muon always computes in bfloat16. Sized as AdamW's updates are
+    (Liu et al., arXiv 2502.16982).
     """
 
     def __init__(self, params, lr, dtype, momentum=0.95, weight_decay=0.01):
@@ -135,34 +130,34 @@ class Muon(torch.optim.Optimizer):
 def init(model):
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            torch.nn.init.normal_(p, std=0.02 / (2 * len(model.layers)) ** 0.5
-                                  if name.endswith(("wo.weight", "w2.weight")) else 0.02)
+            into_residual = name.endswith(("wo.weight", "w2.weight"))
+            scale = (2 * len(model.layers)) ** 0.5 if into_residual else 1.0
+            torch.nn.init.normal_(p, std=0.02 / scale)
 
 
 def save(model, config, out: Path, tokenizer_dir: Path):
     """Write the model as an ordinary checkpoint directory."""
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "model.safetensors") as tmp:
-        save_file({n: p.detach().to(torch.bfloat16).contiguous() for n,
-                   p in model.named_parameters()}, tmp)
-    with replacing(out / "config.json") as tmp:
-        tmp.write_text(json.dumps(config, indent=2) + "\n")
+        save_file({n: p.detach().to(torch.bfloat16).contiguous()
+                   for n, p in model.named_parameters()}, tmp)
+    write_json(out / "config.json", config)
     if tokenizer_dir.resolve() != out.resolve():
         shutil.copy(tokenizer_dir / "tokenizer.model", out)
 
 
 def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from=None,
           keep=lambda model: None):
-    """Train for `minutes`; `keep(model)` is called now and then.
+    """Train for `minutes`; returns the model and the number of steps.
 
-    Returns the model and the number of steps.
+    `keep(model)` is called every 100 steps.
     """
     torch.manual_seed(seed)
     model = Transformer(ModelConfig.from_dict(config_json(which, tokenizer.vocab_size())))
     init(model)
     if start_from:
-        model.load_state_dict({n: p.float() for n,
-                               p in load_file(start_from / "model.safetensors").items()},
+        weights_before = load_file(start_from / "model.safetensors")
+        model.load_state_dict({n: p.float() for n, p in weights_before.items()},
                               strict=not model.config.tied)
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -182,7 +177,7 @@ def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from
         loss = loss_of(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        # warm up, flat, then linearly to zero
+        # warm-up, flat, then linearly to zero
         scale = min(1.0, done / 0.03 + 0.02, max(0.0, (1 - done) / 0.5))
         for o in optimizers:
             for group in o.param_groups:
@@ -205,25 +200,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="directory with "
-                        "tokenizer.model")
+    parser.add_argument("--tokenizer", type=Path, required=True,
+                        help="directory with tokenizer.model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--batch", type=int, default=32, help=f"rows of {SEQ} tokens")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                         help="of the computation")
-    parser.add_argument("--weights", metavar="TASK=N,...", help="documents of each task (default: "
-                        "the model's own)")
+    parser.add_argument("--weights", metavar="TASK=N,...",
+                        help="documents of each task (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start_from", type=Path, help="go on from this checkpoint, with the "
-                        "schedule from its beginning (give another seed)")
+    parser.add_argument("--start_from", type=Path,
+                        help="continue from this checkpoint, with the schedule from its beginning "
+                        "(give another seed)")
     args = parser.parse_args()
 
     weights = WEIGHTS[args.model]
     if args.weights:
-        weights = {task: float(n) for task,
-                   n in (pair.split("=") for pair in args.weights.split(","))}
+        pairs = (pair.split("=") for pair in args.weights.split(","))
+        weights = {task: float(n) for task, n in pairs}
     tokenizer = sentencepiece.SentencePieceProcessor(
         model_file=str(args.tokenizer / "tokenizer.model"))
     keep = lambda model: save(model, config_json(args.model, tokenizer.vocab_size()), args.out,

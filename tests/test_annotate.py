@@ -8,7 +8,6 @@ import base64
 import http.client
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -20,28 +19,31 @@ import urllib.request
 from contextlib import closing
 from pathlib import Path
 
+from common import AnswerLog, UserError
+
 import pytest
 import torch
 
 from annotate import Annotation, Doubt, stretches
-from cli import UserError
-from train_judge import read_data
+from judge_data.data import read_data
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
-CHROME, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which(
-    "chromedriver")
-browser_only = pytest.mark.skipif(not (CHROME and DRIVER),
-                                  reason="needs chromium and chromedriver (Debian: apt-get "
-                                  "install chromium chromium-driver)")
+BEFORE = ROOT / "tests" / "written_before" / "annotate"
+CHROME = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+browser_only = pytest.mark.skipif(
+    not (CHROME and DRIVER), reason="needs chromium and chromedriver (Debian: apt-get install "
+    "chromium chromium-driver)")
 
-QUESTION = "Question: Mira has 3 eggs. Mira finds 4 more. How many eggs does Mira have now?\nAnswer:"
+QUESTION = ("Question: Mira has 3 eggs. Mira finds 4 more. How many eggs does Mira have now?\n"
+            "Answer:")
 FAMILY = "👩‍👩‍👧"  # five code points, eight UTF-16 units
 ANSWERS = [
-    f"First 🎉 line, {FAMILY} is fine.\nSecond e\u0301 line\r\nthird: 3 + 4 = 8 🎈 apples.\n\n  So "
-    "8.\n",
-    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">&amp; "
-    "<b>bold</b>\x00\u2028end",
+    f"First 🎉 line, {FAMILY} is fine.\nSecond e\u0301 line\r\nthird: 3 + 4 = 8 🎈 apples.\n\n"
+    "  So 8.\n",
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "&amp; <b>bold</b>\x00\u2028end",
     "Seven, 7.", "Eight words stand in this plain sentence here. " * 12, "שלום 12 = 13 עולם",
     "last \ud83d one",
 ]
@@ -58,8 +60,8 @@ def lines_of(path):
 
 @pytest.fixture
 def data(tmp_path):
-    lines = [{"prompt": f"Prompt {i} <b>&", "answer": a, "domain": "x", "error": [0, 1]} for i,
-             a in enumerate(ANSWERS)]
+    lines = [{"prompt": f"Prompt {i} <b>&", "answer": a, "domain": "x", "error": [0, 1]}
+             for i, a in enumerate(ANSWERS)]
     return write(tmp_path / "answers.jsonl", lines)
 
 
@@ -69,15 +71,15 @@ class App:
     def __init__(self, data, out, *more, python=()):
         command = [sys.executable, *python, "annotate.py", "--data", data, "--out", out, "--port",
                    "0", *more]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True,
-                                        # a background shell ignores it
-                                        preexec_fn=lambda: signal.signal(signal.SIGINT,
-                                                                         signal.default_int_handler))
+        heed_sigint = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=heed_sigint)  # a background shell's children ignore it
         self.first = self.process.stdout.readline()
         line = self.process.stdout.readline()
-        assert line.startswith("open http://127.0.0.1:"), (self.first, line, self.process.poll()
-                                                           and self.process.stderr.read())
+        if not line.startswith("open http://127.0.0.1:"):
+            self.process.kill()
+            raise AssertionError((self.first, line, self.process.stderr.read()))
         self.url = line.split()[1]
         self.port, self.token = int(self.url.split(":")[2].split("/")[0]), self.url.split("#")[1]
 
@@ -95,9 +97,9 @@ class App:
         reply = connection.getresponse()
         return reply.status, reply.read().decode(), dict(reply.getheaders())
 
-    def post(self, path, token=None, headers={}, **body):
+    def post(self, path, token=None, headers=None, **body):
         status, text, _ = self.request("POST", path, json.dumps(body), X_Token=token or self.token,
-                                       **headers)
+                                       **(headers or {}))
         return (status, json.loads(text)) if status == 200 else (status, text)
 
     def decide(self, choice, **more):
@@ -109,8 +111,8 @@ class App:
 
 class Browser:
     KEYS = {"shift": "\ue008", "control": "\ue009", "left": "\ue012", "up": "\ue013",
-            "right": "\ue014", "down": "\ue015",
-            "end": "\ue010", "home": "\ue011", "enter": "\ue007", "escape": "\ue00c"}
+            "right": "\ue014", "down": "\ue015", "end": "\ue010", "home": "\ue011",
+            "enter": "\ue007", "escape": "\ue00c"}
 
     def __init__(self, folder):
         self.driver = subprocess.Popen([DRIVER, "--port=0"], stdout=subprocess.PIPE,
@@ -120,14 +122,14 @@ class Browser:
             assert line, "chromedriver did not start"
         self.base = f"http://127.0.0.1:{line.split('port ')[1].split('.')[0].strip()}/session"
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                 "--disable-background-networking",
-                 "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-                 "--window-size=1000,900", f"--user-data-dir={folder}"]
+                 "--disable-background-networking", "--disable-component-update",
+                 "--disable-sync", "--disable-dev-shm-usage", "--window-size=1000,900",
+                 f"--user-data-dir={folder}"]
         options = {"binary": CHROME, "args": flags}
         capabilities = {"browserName": "chrome", "goog:chromeOptions": options,
                         "goog:loggingPrefs": {"browser": "ALL"}}
-        self.base += "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": capabilities}})[
-            "sessionId"]
+        session = self.call("POST", "", {"capabilities": {"alwaysMatch": capabilities}})
+        self.base += "/" + session["sessionId"]
 
     def call(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -160,21 +162,23 @@ class Browser:
             time.sleep(0.05)
         return value
 
-    def decided(self, count, total=len(ANSWERS)):
+    def decided(self, count):
         self.until("return document.getElementById('where').textContent === arguments[0]",
-                   f"{count} of {total}")
+                   f"{count} of {len(ANSWERS)}")
 
     def says(self, text):
         self.until("return document.getElementById('said').textContent.includes(arguments[0])",
                    text)
 
     def point(self, answer, at):
-        """The left edge of the answer's character `at`, in the window; text nodes are counted here,
-        not by the page's own code.
+        """The left edge of the answer's character `at`, in the window.
+
+        Text nodes are counted here, not by the page's own code.
         """
         units = len(answer[:at].encode("utf-16-le", errors="surrogatepass")) // 2
         return self.js("""
-            const walk = document.createTreeWalker(document.getElementById('answer'), NodeFilter.SHOW_TEXT);
+            const answer = document.getElementById('answer');
+            const walk = document.createTreeWalker(answer, NodeFilter.SHOW_TEXT);
             let left = arguments[0];
             for (let node; node = walk.nextNode(); left -= node.length)
               if (left < node.length) {
@@ -208,16 +212,14 @@ class Browser:
         self.call("POST", "/actions", {"actions": [source]})
 
     def press(self, *keys):
-        """Each is a key, or several held together as in shift+right, or that times a number:
-        shift+right*3.
-        """
+        """Each is a key, several held together (shift+right), or that repeated (shift+right*3)."""
         steps = []
         for key in keys:
             key, _, times = key.partition("*")
+            held = [self.KEYS.get(k, k) for k in key.split("+")]
             for _ in range(int(times or 1)):
-                held = [self.KEYS.get(k, k) for k in key.split("+")]
-                steps += [{"type": "keyDown", "value": k}
-                          for k in held] + [{"type": "keyUp", "value": k} for k in reversed(held)]
+                steps += [{"type": "keyDown", "value": k} for k in held]
+                steps += [{"type": "keyUp", "value": k} for k in reversed(held)]
         self.keys(*steps)
 
     def keys(self, *steps):
@@ -237,44 +239,42 @@ def browser(tmp_path_factory):
 @browser_only
 def test_marks_by_drag_and_keys_land_exactly(browser, data, tmp_path):
     a, out = ANSWERS[0], tmp_path / "out.jsonl"
-    expect = lambda *errors: [{"prompt": f"Prompt {i} <b>&", "answer": ANSWERS[i], "domain": "x",
-                               "error": e} for i, e in errors]
+    first = {"prompt": "Prompt 0 <b>&", "answer": a, "domain": "x"}
     with App(data, out) as app:
         browser.open(app.url)
         browser.decided(0)
         assert browser.js("return document.getElementById('answer').textContent") == a
-        # across an emoji and a line break, the end behind another emoji; then a line break written
-        # \r\n; then backwards
+        # Across an emoji and a line break; across a line break written \r\n; backwards.
         for start, end in ((a.index("🎉"), a.index("ond")), (a.index("line\r"), a.index("rd: 3")),
                            (a.index("So"), a.index("= 8"))):
             browser.drag(a, start, end)
             start, end = sorted((start, end))
             browser.says(f"characters {start} to {end} of {len(a)}:")
-            assert browser.js("return [...document.querySelectorAll('#answer .marked')].map(e => "
-                              "e.textContent).join('')") == a[start:end]
+            shown = browser.js("return [...document.querySelectorAll('#answer .marked')]"
+                               ".map(e => e.textContent).join('')")
+            assert shown == a[start:end]
             assert lines_of(out) == []  # a mark is not yet a decision
             browser.press("enter")
             browser.decided(1)
-            assert lines_of(out) == expect((0, [start, end]))
+            assert lines_of(out) == [first | {"error": [start, end]}]
             browser.press("u")
             browser.decided(0)
             assert lines_of(out) == []
             browser.says(f"characters {start} to {end} of")  # the undone mark is there to be mended
             browser.press("escape")
-        # by keys alone: past the emoji, over the family (one step), to the line's end and over the
-        # break
+        # By keys alone: past the emoji, over the family (one step), the line's end and the break.
         start = a.index(FAMILY)
         browser.press("control+home", f"right*{start}", "shift+right")
         browser.says(f"characters {start} to {start + 5} of")
         browser.press("shift+end", "shift+right*3", "enter")
         browser.decided(1)
-        assert lines_of(out) == expect((0, [start, a.index("\n") + 3]))
+        assert lines_of(out) == [first | {"error": [start, a.index("\n") + 3]}]
         browser.press("u")
         browser.decided(0)
         # the last character, a line break
         browser.press("escape", "control+end", "shift+left", "enter")
         browser.decided(1)
-        assert lines_of(out) == expect((0, [len(a) - 1, len(a)]))
+        assert lines_of(out) == [first | {"error": [len(a) - 1, len(a)]}]
 
 
 @browser_only
@@ -287,14 +287,14 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         browser.decided(0)
         browser.says("Nothing is marked")
         # a key held down too long
-        browser.js("document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'c', repeat: "
-                   "true, bubbles: true}))")
+        browser.js("document.body.dispatchEvent("
+                   "new KeyboardEvent('keydown', {key: 'c', repeat: true, bubbles: true}))")
         browser.press("s")
         browser.decided(1)
         # HTML stays text, and a NUL, a line separator and the like are still counted
         assert browser.js("return document.getElementById('answer').textContent") == ANSWERS[1]
-        assert browser.js("return document.querySelectorAll('#answer script, #answer img, #answer "
-                          "b, #prompt b').length") == 0
+        assert browser.js("return document.querySelectorAll("
+                          "'#answer script, #answer img, #answer b, #prompt b').length") == 0
         assert browser.js("return document.title") == "Mark the first error"
         browser.press("control+end", "shift+left*3", "c")  # refused: something is marked
         browser.decided(1)
@@ -305,17 +305,15 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         browser.decided(3)
         a = ANSWERS[3]  # several lines on the screen: down, up and ends of lines
         browser.press("down", "home", "shift+end", "shift+down", "shift+up", "shift+control+right")
-        first = browser.js("return document.getElementById('said').textContent.match(/characters "
-                           "(\\d+) to (\\d+)/).slice(1)")
-        start, end = map(int, first)
+        start, end = map(int, browser.js("return document.getElementById('said').textContent"
+                                         ".match(/characters (\\d+) to (\\d+)/).slice(1)"))
         tops = [browser.point(a, i)[1] for i in (start - 1, start, end - 8)]
         assert tops[0] < tops[1] <= tops[2] and a[start - 1] == " "
         browser.press("escape", "u")
         browser.decided(2)
         app.process.send_signal(signal.SIGKILL)
         browser.press("c")
-        browser.until("return document.getElementById('said').textContent.includes('does not "
-                      "answer')")
+        browser.says("does not answer")
     whole = [1, [len(ANSWERS[1]) - 3, len(ANSWERS[1])]]
     marked = lambda: [[ANSWERS.index(line["answer"]), line["error"]] for line in lines_of(out)]
     assert marked() == [whole]
@@ -336,17 +334,13 @@ def test_everything_by_keyboard_across_a_restart(browser, data, tmp_path):
         assert "Every answer is decided" in browser.js("return document.body.innerText")
         assert [(line["answer"], line["error"])
                 for line in lines_of(out)] == [(a, None) for a in ANSWERS]
-        # which train_judge.py refuses, for no tokenizer can read it; all else it takes, line
-        # separators too
-        half = "last \ud83d one"
-        whole = [line for line in out.read_text().splitlines(True)
-                 if json.loads(line)["answer"] != half]
-        (tmp_path / "whole.jsonl").write_text("".join(whole))
-        assert [e["answer"] for e in read_data(tmp_path / "whole.jsonl")] == [
-            answer for answer in ANSWERS if answer != half]
-        severe = [e for e in browser.call("POST", "/se/log", {"type": "browser"}) if e["level"]
-                  == "SEVERE" and "ERR_CONNECTION" not in e["message"]]
-        assert not severe  # the page breaks none of its own Content-Security-Policy
+        # train_judge.py reads all but the half character, which no tokenizer can.
+        whole = write(tmp_path / "whole.jsonl", lines_of(out)[:-1])
+        assert [e["answer"] for e in read_data(whole)] == ANSWERS[:-1]
+        said = browser.call("POST", "/se/log", {"type": "browser"})
+        # The page breaks none of its own Content-Security-Policy.
+        assert not [e for e in said
+                    if e["level"] == "SEVERE" and "ERR_CONNECTION" not in e["message"]]
 
 
 @browser_only
@@ -363,7 +357,7 @@ def test_clicks_and_drags_from_outside(browser, data, tmp_path):
         browser.says("Drag over")  # a click places the cursor and clears the mark
         browser.press("shift+right*2")
         browser.says("“is”")
-        x, y = browser.js("const b = document.getElementById('prompt').getBoundingClientRect(); "
+        x, y = browser.js("const b = document.getElementById('prompt').getBoundingClientRect();"
                           "return [b.left + 2, b.top + 5].map(Math.round)")
         browser.mouse((x, y), browser.point(a, a.index("line,")))
         browser.says(f"characters 0 to {a.index('line,')} of")  # what of it lies in the answer
@@ -414,8 +408,8 @@ def test_the_doubt_is_shown_behind_each_token(browser, tmp_path):
              DEMO / "judge.safetensors") as app:
         browser.open(app.url)
         browser.until("return !document.getElementById('legend').hidden")
-        shown = browser.js("return [...document.querySelectorAll('#answer span')].map(e => "
-                           "[e.textContent, e.style.getPropertyValue('--doubt')])")
+        shown = browser.js("return [...document.querySelectorAll('#answer span')]"
+                           ".map(e => [e.textContent, e.style.getPropertyValue('--doubt')])")
         _, reply = app.post("/doubt", name=app.post("/state", name=None)[1]["name"])
         (x0, y0), (x1, y1) = browser.point(good, 4), browser.point(good, 9)
         # the doubt comes while the person drags
@@ -443,7 +437,7 @@ def test_doubt_is_the_judges_own_score(tmp_path):
         _, hidden = doubt.target(tokens, torch.arange(tokens.shape[1]),
                                  doubt.target.new_cache(tokens.shape[1]))
     t = doubt.head.threshold
-    want = (math.log(t / (1 - t)) - doubt.head.scores(hidden[0, len(before):])).sigmoid()
+    want = (math.log(t / (1 - t)) - doubt.head(hidden[0, len(before):])).sigmoid()
     runs = doubt(prompt, answer)
     assert "".join(answer[a:b] for a, b, _ in runs) == answer
     for (a, b), w in zip(offsets, want.tolist()):
@@ -463,8 +457,9 @@ def test_only_this_page_may_ask(data, tmp_path):
     out = tmp_path / "out.jsonl"
     with App(data, out) as app:
         here = f"127.0.0.1:{app.port}"
-        assert app.request("GET", "/")[0] == app.request("GET", "/", Host=f"localhost:{app.port}",
-                                                         Sec_Fetch_Site="none")[0] == 200
+        assert app.request("GET", "/")[0] == 200
+        local = {"Host": f"localhost:{app.port}", "Sec_Fetch_Site": "none"}
+        assert app.request("GET", "/", **local)[0] == 200
         name = app.post("/state", name=None)[1]["name"]
         wrong = [{"Host": f"evil.example:{app.port}"}, {"Host": "127.0.0.1"},
                  {"Host": f"127.0.0.1.evil.example:{app.port}"}, {"Host": ""},
@@ -484,20 +479,19 @@ def test_only_this_page_may_ask(data, tmp_path):
         # no preflight is answered
         assert app.request("OPTIONS", "/decide", Origin="http://evil.example")[0] == 501
         assert lines_of(out) == []
-        assert app.post("/decide",
-                        headers={"Origin": f"http://{here}", "Sec_Fetch_Site": "same-origin"},
-                        name=name, choice=None)[0] == 200
+        ours = {"Origin": f"http://{here}", "Sec_Fetch_Site": "same-origin"}
+        assert app.post("/decide", headers=ours, name=name, choice=None)[0] == 200
         assert len(lines_of(out)) == 1
-        html, headers = app.request("GET", "/")[1:]
-        nonce = headers["Content-Security-Policy"].split("script-src 'nonce-")[1].split("'")[0]
-        assert "default-src 'none'" in headers[
-            "Content-Security-Policy"] and "unsafe" not in headers["Content-Security-Policy"]
-        assert f'<script nonce="{nonce}">' in html and nonce not in app.request("GET", "/")[
-            1] and app.token not in html
+        _, html, headers = app.request("GET", "/")
+        policy = headers["Content-Security-Policy"]
+        nonce = policy.split("script-src 'nonce-")[1].split("'")[0]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert f'<script nonce="{nonce}">' in html and app.token not in html
+        assert nonce not in app.request("GET", "/")[1]
         sockets = [line.split()[1:4] for line in Path("/proc/net/tcp").read_text().splitlines()]
-        # loopback only
-        assert [a for a, _, status in sockets if a.endswith(f":{app.port:04X}") and status
-                == "0A"] == [f"0100007F:{app.port:04X}"]
+        listening = [a for a, _, status in sockets
+                     if a.endswith(f":{app.port:04X}") and status == "0A"]
+        assert listening == [f"0100007F:{app.port:04X}"]  # loopback only
 
 
 def test_a_decision_that_does_not_fit_the_answer_is_refused(data, tmp_path):
@@ -509,8 +503,8 @@ def test_a_decision_that_does_not_fit_the_answer_is_refused(data, tmp_path):
         # the page counted otherwise
         assert app.decide([0, 2], text="Fir")[0] == 400 and app.decide([0, 2])[0] == 400
         # a second window is behind
-        assert app.post("/decide", name="other", choice=None)[0] == app.post("/undo", name="other")[
-            0] == 409
+        assert app.post("/decide", name="other", choice=None)[0] == 409
+        assert app.post("/undo", name="other")[0] == 409
         for body in (None, "", "{", "[]", "{}"):
             assert app.request("POST", "/decide", body, X_Token=app.token)[0] == 400
         assert app.request("POST", "/decide", "{}", X_Token=app.token,
@@ -525,16 +519,16 @@ def test_a_kill_between_decisions_loses_nothing(data, tmp_path):
     want = []
     for i, choice in enumerate([None, "skip", [0, 1], "skip", [1, 3], None]):
         with App(data, out) as app:
-            status, state = app.decide(choice, text=ANSWERS[i][slice(*choice)]
-                                       if isinstance(choice, list) else "")
+            text = ANSWERS[i][slice(*choice)] if isinstance(choice, list) else ""
+            status, state = app.decide(choice, text=text)
             app.process.send_signal(signal.SIGKILL)
             assert status == 200 and state["decided"] == i + 1
             want.append(choice)
     assert [line["error"] for line in lines_of(out)] == [c for c in want if c != "skip"]
     while want:  # and back, a run for each
         with App(data, out) as app:
-            assert app.post("/undo", name=None if len(want) == 6
-                            else app.post("/state", name=None)[1]["name"])[0] == 200
+            name = app.post("/state", name=None)[1]["name"]  # None when all are decided
+            assert app.post("/undo", name=name)[0] == 200
             app.process.send_signal(signal.SIGKILL)
         undone = want.pop()
         assert [line["error"] for line in lines_of(out)] == [c for c in want if c != "skip"]
@@ -543,16 +537,15 @@ def test_a_kill_between_decisions_loses_nothing(data, tmp_path):
 
 
 def test_a_kill_at_any_moment_keeps_what_was_answered(tmp_path):
-    data, out = write(tmp_path / "many.jsonl", [{"prompt": "p", "answer": f"{i} " * 3000}
-                                                for i in range(4000)]), tmp_path / "out.jsonl"
+    many = [{"prompt": "p", "answer": f"{i} " * 3000} for i in range(2000)]
+    data, out = write(tmp_path / "many.jsonl", many), tmp_path / "out.jsonl"
     rng, known = random.Random(0), 0
     for _ in range(4):
         with App(data, out) as app:
             # one more where the kill fell between the disk and the reply
             assert known <= int(app.first.split()[0]) <= known + 1
             _, state = app.post("/state", name=None)
-            threading.Timer(rng.uniform(0.05, 0.4),
-                            lambda: app.process.send_signal(signal.SIGKILL)).start()
+            threading.Timer(rng.uniform(0.05, 0.4), app.process.kill).start()
             try:
                 while True:
                     known = state["decided"]
@@ -587,14 +580,14 @@ def test_half_a_line_is_cut_and_only_ours(data, tmp_path):
     assert choices(data, out) == [None, [0, 2], "skip", None]
     for foreign in (b"my notes", b'{"prompt": "mine", "answ', b"[1, 2"):
         out.write_bytes(foreign)
-        with pytest.raises(UserError, match="out.jsonl line 1 is not JSON"):
+        with pytest.raises(UserError, match="out.jsonl, line 1: not JSON"):
             Annotation(data, out)
         assert out.read_bytes() == foreign
 
 
 def test_same_answers_are_told_apart_and_skips_come_back_without_their_file(tmp_path):
-    data, out = write(tmp_path / "d.jsonl", [{"prompt": "p", "answer": "a", "n": i}
-                                             for i in range(3)]), tmp_path / "o.jsonl"
+    same = [{"prompt": "p", "answer": "a", "n": i} for i in range(3)]
+    data, out = write(tmp_path / "d.jsonl", same), tmp_path / "o.jsonl"
     choices(data, out, None, "skip", [0, 1])
     assert [line["n"] for line in lines_of(out)] == [0, 2]
     with closing(Annotation(data, out)) as a:
@@ -602,6 +595,40 @@ def test_same_answers_are_told_apart_and_skips_come_back_without_their_file(tmp_
     Path(f"{out}.skipped").unlink()
     with closing(Annotation(data, out)) as a:
         assert a.state()["decided"] == 2 and a.shown is not None
+
+
+def test_decisions_written_before_are_resumed(tmp_path):
+    """Commit 3686f6e wrote them; a kill left the beginning of a last one."""
+    shutil.copytree(BEFORE, tmp_path, dirs_exist_ok=True)
+    data, out = tmp_path / "to_mark.jsonl", tmp_path / "marked.jsonl"
+    lines, skips = out.read_bytes().splitlines(True), Path(f"{out}.skipped").read_bytes()
+    with closing(Annotation(data, out)) as a:
+        assert a.decisions == [(0, None), (1, [8, 9]), (2, "skip"), (3, [0, 3]), (4, "skip")]
+        assert a.shown == 5 and out.read_bytes() == b"".join(lines[:3])
+        a.decide([5, 6])
+        for _ in range(2):
+            a.undo()
+    assert out.read_bytes() == b"".join(lines[:3])
+    assert Path(f"{out}.skipped").read_bytes() == skips.splitlines(True)[0]
+
+
+def test_lines_that_another_run_wrote_meanwhile_are_not_cut_off(tmp_path):
+    path = tmp_path / "log.jsonl"
+    late, early = AnswerLog(path), AnswerLog(path)
+    early.append({"n": 1})
+    with pytest.raises(UserError, match="in use by another run"):
+        late.append({"n": 2})
+    early.close()
+    with pytest.raises(UserError, match="changed by another run"):
+        late.open()
+    assert lines_of(path) == [{"n": 1}]
+    early.append({"n": 3})  # its own lines it knows
+    assert lines_of(path) == [{"n": 1}, {"n": 3}]
+
+
+def test_marking_alone_needs_no_torch():
+    code = "import annotate, sys; assert not {'torch', 'sentencepiece'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_a_full_disk_saves_nothing_and_says_so(data, tmp_path):
@@ -630,22 +657,21 @@ def test_ctrl_c_stops_with_the_count(data, tmp_path):
 def refused(*args):
     p = subprocess.run([sys.executable, "annotate.py", "--port", "0", *map(str, args)], cwd=ROOT,
                        capture_output=True, text=True, timeout=120)
-    assert p.returncode == 2 and p.stdout == "" and p.stderr.startswith(
-        "error: ") and p.stderr.count("\n") == 1, (p.returncode, p.stdout, p.stderr)
+    assert (p.returncode, p.stdout) == (2, ""), (p.returncode, p.stdout, p.stderr)
+    assert p.stderr.startswith("error: ") and p.stderr.count("\n") == 1, p.stderr
     return p.stderr
 
 
 @pytest.mark.parametrize("line, message", [
-    ("{", "line 3 is not JSON"), ("[1]", "line 3: 'prompt'"),
-    ('{"prompt": "p"}', "line 3: 'answer'"), ('{"answer": "a"}', "line 3: 'prompt'"),
-    ('{"prompt": "p", "answer": ""}', "line 3: 'answer'"),
-    ('{"prompt": "p", "answer": ["a"]}', "line 3: 'answer'"), (b"\xff", "line 3 is not JSON"),
+    (b"{", "not JSON"), (b"[1]", "not a JSON object"), (b'{"prompt": "p"}', "'answer'"),
+    (b'{"answer": "a"}', "'prompt'"), (b'{"prompt": "p", "answer": ""}', "'answer'"),
+    (b'{"prompt": "p", "answer": ["a"]}', "'answer'"), (b"\xff", "not UTF-8 text"),
 ])
 def test_a_bad_line_is_named(tmp_path, line, message):
     data = tmp_path / "d.jsonl"
-    data.write_bytes(b'{"prompt": "p", "answer": "a"}\r\n\n'
-                     + (line if isinstance(line, bytes) else line.encode()) + b"\n")
-    assert f"{data} {message}" in refused("--data", data, "--out", tmp_path / "o.jsonl")
+    data.write_bytes(b'{"prompt": "p", "answer": "a"}\r\n\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"d.jsonl, line 3: {message}"):
+        Annotation(data, tmp_path / "o.jsonl")
     assert not (tmp_path / "o.jsonl").exists()
 
 
@@ -659,19 +685,20 @@ def test_bad_arguments_are_told_in_a_line(data, tmp_path):
     assert "is not a directory" in refused("--data", data, "--out", tmp_path / "no" / "o.jsonl")
     assert "it is a directory" in refused("--data", data, "--out", tmp_path)
     assert "--out is --data" in refused("--data", data, "--out", data)
-    assert f"{other} line 2 is not a decision on an answer of {data}" in refused(
+    assert f"{other}, line 2 is not a decision on an answer of {data}" in refused(
         "--data", data, "--out", other)
-    for line in ('[1]', '{"skipped": ["x"], "after": 0}', '{"skipped": "x.1", "after": 0}'):
+    for line in ('{"skipped": ["x"], "after": 0}', '{"skipped": "x.1", "after": 0}'):
         Path(f"{out}.skipped").write_text(line + "\n")
-        assert f"{out}.skipped line 1 is not a decision" in refused("--data", data, "--out", out)
+        with pytest.raises(UserError, match="o.jsonl.skipped, line 1 is not a decision"):
+            Annotation(data, out)
     Path(f"{out}.skipped").unlink()
     assert "it is not a plain file" in refused("--data", data, "--out", "/dev/null")
     for more in (["--target", DEMO / "target"], ["--judge", DEMO / "judge.safetensors"]):
         assert "--target and --judge go together" in refused("--data", data, "--out", out, *more)
-    assert "does not exist" in refused("--data", data, "--out", out, "--target", tmp_path / "none",
-                                       "--judge", DEMO / "judge.safetensors")
+    doubt = ["--target", tmp_path / "none", "--judge", DEMO / "judge.safetensors"]
+    assert "does not exist" in refused("--data", data, "--out", out, *doubt)
     assert "--port" in refused("--data", data, "--out", out, "--port", "70000")
     with App(data, out) as app:
-        assert "in use by another annotate.py" in refused("--data", data, "--out", out)
+        assert "o.jsonl is in use by another run" in refused("--data", data, "--out", out)
         assert "choose another" in refused("--data", data, "--out", tmp_path / "p.jsonl", "--port",
                                            app.port)

@@ -7,20 +7,21 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from helpers import random_model, tiny_config
+from test_generate import ROOT, head, make, models, short_spans, tokens  # noqa: F401 (a fixture)
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from demo.pair import make_engine, load_pair, read_problems
-from generate import Engine, generate
-from helpers import random_model, tiny_config
+from demo.pair import load_pair, make_engine, read_problems
+from engine import generate
+from graphs import compile_engine, warm_up
 from linear import DOT_ROWS, Linear, dense, packs, prepare
-from test_generate import ROOT, head, models, short_spans, tokens  # noqa: F401 (a fixture)
 
 
 def compiled(*args, **settings):
     torch._dynamo.reset()
-    engine = Engine(*args, **settings)
-    engine.compile()
+    engine = make(*args, **settings)
+    compile_engine(engine)
     return engine
 
 
@@ -29,14 +30,15 @@ def test_compiled_demo_pair_gives_the_eager_tokens(monkeypatch):
     turn it on these problems.
     """
     # as it is: this takes long to compile, and other tests change spans
-    monkeypatch.setattr("generate.SPAN", 256)
-    target, draft, judge, tokenizer = load_pair()
+    monkeypatch.setattr("engine.SPAN", 256)
+    target, draft, judge_head, tokenizer = load_pair()
     prompts = [tokenizer.encode(p["prompt"]) for p in read_problems(2)]
     for rule in ("target", "standard", "judge"):
         # more steps compile longer
-        eager, fast = (make_engine(rule, target, draft, judge, speculate_k=6) for _ in range(2))
+        eager, fast = (make_engine(rule, target, draft, judge_head, speculate_k=6)
+                       for _ in range(2))
         torch._dynamo.reset()
-        fast.compile()
+        compile_engine(fast)
         for prompt in prompts:
             want, got = (generate(e, prompt, 60, tokenizer.eos_ids) for e in (eager, fast))
             assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts,
@@ -87,11 +89,11 @@ def test_compiled_sampling_draws_what_eager_draws(unroll, monkeypatch):
     """The noise is drawn outside of what is compiled, so that the same seed gives the same text,
     warm-up or not.
     """
-    monkeypatch.setattr("generate.UNROLL", 64 if unroll else 0)
+    monkeypatch.setattr("graphs.UNROLL", 64 if unroll else 0)
     settings = dict(accept="judge", speculate_k=4, temperature=0.9, top_p=0.9, seed=3)
-    want = generate(Engine(models()["target"], models()["good"], head(), **settings), tokens(6), 40)
+    want = generate(make(models()["target"], models()["good"], head(), **settings), tokens(6), 40)
     engine = compiled(models()["target"], models()["good"], head(), **settings)
-    engine.warm_up(6, 46)
+    warm_up(engine, 6, 46)
     got = generate(engine, tokens(6), 40)
     assert (got.tokens, got.sources) == (want.tokens, want.sources)
 
@@ -112,7 +114,7 @@ def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
         p.data += 0.05 * p.data.std() * torch.randn(p.shape,
                                                     generator=torch.Generator().manual_seed(0))
     engine = compiled(target, small if draft else None, speculate_k=5)
-    engine.warm_up(1, 300)
+    warm_up(engine, 1, 300)
     warm = counter.frame_count
     # the draft and the verification at 64, 128, 256 and the context's end
     assert warm == (2 if draft else 1) * 4
@@ -122,15 +124,15 @@ def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
         accepted |= {i for i, c in enumerate(r.accept_counts) if c}
     assert counter.frame_count == warm
     assert not draft or len(accepted) > 3
-    generate(Engine(target, None), tokens(5), 5)
+    generate(make(target, None), tokens(5), 5)
     assert counter.frame_count == warm  # eager engines compile nothing
 
 
 def test_a_longer_text_than_was_warmed_for_still_comes_out_right():
     engine = compiled(models()["target"], models()["good"], speculate_k=3)
-    engine.warm_up(4, 20)
+    warm_up(engine, 4, 20)
     assert engine.capacity == 64
-    want = generate(Engine(models()["target"]), tokens(60), 60)
+    want = generate(make(models()["target"]), tokens(60), 60)
     assert generate(engine, tokens(60), 60).tokens == want.tokens
 
 

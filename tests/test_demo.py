@@ -7,11 +7,23 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+from common import UserError
+
 import pytest
 
-from cli import UserError
 from demo.check import is_right, passes
-from demo.corpus import LETTERS, TASKS, TOWNS, WORLD, Pick, Problem, Ref, first_error, problems, render
+from demo.corpus import (
+    LETTERS,
+    TASKS,
+    TOWNS,
+    WORLD,
+    Pick,
+    Problem,
+    Ref,
+    first_error,
+    problems,
+    render,
+)
 from demo.mined import exactly
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +75,8 @@ def test_facts_answer_with_the_letter_of_what_the_world_says():
 
 
 def test_a_habit_does_not_depend_on_the_run():
-    order = "from demo.corpus import Pick; print(Pick((Pick('a', 'b'), 'x'), ('b', 'x'), 'c', 'd').order('draft')[0])"
+    order = ("from demo.corpus import Pick; "
+             "print(Pick((Pick('a', 'b'), 'x'), ('b', 'x'), 'c', 'd').order('draft')[0])")
     runs = {subprocess.run([sys.executable, "-c", order], capture_output=True, text=True,
                            cwd=ROOT).stdout for _ in range(6)}
     assert len(runs) == 1 and "object at" not in runs.pop()
@@ -120,7 +133,8 @@ def test_problems_of_a_split_are_written_and_their_answers_relabelled(tmp_path, 
 
 
 def test_interpreter():
-    f = "def f(xs):\n    total = 0\n    for x in xs:\n        if x > 2 and not x % 2:\n            total += x * 3\n    return total\n"
+    f = ("def f(xs):\n    total = 0\n    for x in xs:\n        if x > 2 and not x % 2:\n"
+         "            total += x * 3\n    return total\n")
     assert passes(f, [([1, 2, 4, 6], 30), ([], 0)]) and not passes(f, [([4], 13)])
     assert passes("def f(xs):\n    out = list()\n    for v in xs:\n        if 1 <= v < 4:\n       "
                   "     out.append(pow(v, 2))\n    return out + [0]\n", [([0, 1, 3, 4], [1, 9, 0])])
@@ -162,4 +176,5 @@ def test_evaluate(tmp_path):
                            "target,standard,topk:3,judge", "--limit", "2", "--device", "cpu",
                            "--out", tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "standard equals the target token for token on 6 of 6 problems" in done.stdout and "| topk:3 " in done.stdout
+    assert "standard equals the target token for token on 6 of 6 problems" in done.stdout
+    assert "| topk:3 " in done.stdout

@@ -1,5 +1,5 @@
-"""make_judge_data.py and mining.py: resuming, labels against brute force from scratch, marks by
-characters, the split, what is refused.
+"""make_judge_data.py and judge_data/mining.py: resuming, labels against brute force from scratch,
+marks by characters, the split, what is refused.
 """
 import json
 import random
@@ -7,40 +7,46 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
+
+from common import AnswerLog, UserError
 
 import pytest
+import test_tokenizer
 import torch
+from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config
 
-import generate as G
+import checkpoint
 import make_judge_data as M
-import mining
-from cli import UserError
-# noqa: F401 (a fixture)
-from helpers import one_thread, random_model, save_checkpoint, strings, tiny_config
-from mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters, scan
-from tasks import TASKS, Score
-from test_tokenizer import every, homes  # noqa: F401 (a fixture)
+from engine import Engine, generate
+from evaluation.tasks import TASKS, Score
+from judge_data import mining
+from judge_data.data import encode, label_tokens, read_data
+from judge_data.mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters, scan
 from tokenizer import Tokenizer
-from train_judge import encode, label_tokens, read_data
 
-ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
 DATA = ROOT.parent / "shared" / "data"
+BEFORE = ROOT / "tests" / "written_before" / "make_judge_data"
+REAL = {name: getattr(TASKS["demo"], name) for name in ("max_new_tokens", "score")}
+every, homes = test_tokenizer.every, test_tokenizer.homes
+
+
+def load(directory):
+    """(tokenizer, float32 model) of a checkpoint directory."""
+    return Tokenizer.from_dir(directory), checkpoint.load(directory, dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def toy():
-    """Random models are never right, so another checker: wrong answers are about a third, and an
-    outcome often changes with a token.
+    """Another checker, since random models are never right.
+
+    About a third of the answers are wrong, and an outcome often changes with a token.
     """
     task = TASKS["demo"]
-    before = task.max_new_tokens, task.score
-    task.max_new_tokens = 24
-    task.score = lambda self, example, text: Score(len(text) % 3 > 0, "toy")
-    yield
-    task.max_new_tokens, task.score = before
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(task, "max_new_tokens", 24)
+        m.setattr(task, "score", lambda self, example, text: Score(len(text) % 3 > 0, "toy"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +57,8 @@ def pair(tmp_path_factory):
     """
     home = tmp_path_factory.mktemp("pair")
     lines = (DEMO / "problems.jsonl").read_text().splitlines()
-    (home / "problems.jsonl").write_text(
-        "\n".join(lines[i] for i in [d + i for d in (0, 300, 600) for i in range(7)]) + "\n")
+    kept = [lines[d + i] for d in (0, 300, 600) for i in range(7)]
+    (home / "problems.jsonl").write_text("\n".join(kept) + "\n")
     config = tiny_config(vocab_size=1024, max_position_embeddings=512,
                          eos_token_id=[2, *range(7, 1024, 7)])
     for name, noise in (("target", 0.0), ("draft", 0.05)):
@@ -66,8 +72,8 @@ def pair(tmp_path_factory):
 
 def flags(pair, out, *more):
     return ["generate", "--prompts", str(pair / "problems.jsonl"), "--models", str(pair / "target"),
-            str(pair / "draft"), "--temperatures", "0,0.8",
-            "--samples", "2", "--device", "cpu", "--out", str(out), *more]
+            str(pair / "draft"), "--temperatures", "0,0.8", "--samples", "2", "--device", "cpu",
+            "--out", str(out), *more]
 
 
 @pytest.fixture(scope="module")
@@ -81,39 +87,39 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def unit(answer):
+    """What makes an answer one of its own."""
+    return tuple(answer[key] for key in ("source_model", "id", "temperature", "sample"))
+
+
 # ---------------------------------------------------------------- generate
 
 def test_every_model_answers_every_prompt(pair, answers):
     lines = lines_of(answers)
-    assert len(lines) == 2 * 21 * 3 and len({(a["source_model"], a["id"], a["temperature"],
-                                              a["sample"]) for a in lines}) == len(lines)
-    assert {a["source_model"] for a in lines} == {"target", "draft"} and {
-        a["domain"] for a in lines} == {"maths", "code", "facts"}
+    assert len(lines) == 2 * 21 * 3 == len({unit(a) for a in lines})
+    assert {a["source_model"] for a in lines} == {"target", "draft"}
+    assert {a["domain"] for a in lines} == {"maths", "code", "facts"}
     assert 0 < sum(a["right"] for a in lines) < len(lines) and 0 < sum(a["ended"] for a in lines)
-    assert len({a["answer"] for a in lines if a["temperature"]}) > 20 and str(
-        pair) not in answers.read_text()
-    tokenizer, model = Tokenizer.from_dir(pair / "draft"), G.load(pair / "draft",
-                                                                  dtype=torch.float32)
+    assert len({a["answer"] for a in lines if a["temperature"]}) > 20
+    assert str(pair) not in answers.read_text()
+    tokenizer, model = load(pair / "draft")
     for a in lines:  # alone, each with its own seed, all come out the same
         if a["source_model"] == "draft" and a["domain"] == "code":
             prompt = tokenizer.encode(a["prompt"])
-            tokens = G.generate(G.Engine(model, temperature=a["temperature"], seed=a["seed"]),
-                                prompt, 24, tokenizer.eos_ids).tokens
-            assert a["answer"] == tokenizer.decode_new(prompt,
-                                                       [t for t in tokens
-                                                        if t not in tokenizer.eos_ids])
+            engine = Engine(model, temperature=a["temperature"], seed=a["seed"])
+            tokens = generate(engine, prompt, 24, tokenizer.eos_ids).tokens
+            text = [t for t in tokens if t not in tokenizer.eos_ids]
+            assert a["answer"] == tokenizer.decode_new(prompt, text)
             assert a["ended"] == (tokens[-1] in tokenizer.eos_ids)
 
 
 def test_resumes_wherever_the_file_was_cut(pair, answers, tmp_path, monkeypatch):
-    data, sidecar, lines = answers.read_bytes(), answers.with_name(
-        "answers.jsonl.settings.json"), lines_of(answers)
-    made = {(a["source_model"], a["id"], a["temperature"], a["sample"]): a for a in lines}
-    monkeypatch.setattr(M, "answers", lambda args, name, directory,
-                        units: (made[name, p["example"]["id"], t, n] for p, t, n in units))
-    monkeypatch.setattr("log.os.fsync", lambda fd: None)
+    data, made = answers.read_bytes(), {unit(a): a for a in lines_of(answers)}
+    monkeypatch.setattr(M, "answers", lambda args, name, directory, units: (
+        made[name, p["example"]["id"], t, n] for p, t, n in units))
+    monkeypatch.setattr("common.os.fsync", lambda fd: None)
     out, rng = tmp_path / "a.jsonl", random.Random(0)
-    shutil.copy(sidecar, tmp_path / "a.jsonl.settings.json")
+    shutil.copy(pair / "answers.jsonl.settings.json", tmp_path / "a.jsonl.settings.json")
     ends = [i + 1 for i, b in enumerate(data) if b == 10]
     for size in {0, 1, len(data) - 1, len(data), *(e + d for e in ends[:4] for d in (-2, -1, 0, 1)),
                  *(rng.randrange(len(data)) for _ in range(10))}:
@@ -128,19 +134,22 @@ def test_resumes_wherever_the_file_was_cut(pair, answers, tmp_path, monkeypatch)
 
 def test_goes_on_after_a_kill(pair, answers, tmp_path):
     out = tmp_path / "a.jsonl"
-    code = ("import make_judge_data as M, sys, torch; from tasks import TASKS, Score; "
-            "torch.set_num_threads(1); t = TASKS['demo']; "
-            "t.max_new_tokens = 24; t.score = lambda self, e, text: Score(len(text) % 3 > 0, "
-            "'toy'); M.main(sys.argv[1:])")
+    code = ("import make_judge_data as M, sys, torch\n"
+            "from evaluation.tasks import TASKS, Score\n"
+            "torch.set_num_threads(1)\n"
+            "task = TASKS['demo']\n"
+            "task.max_new_tokens = 24\n"
+            "task.score = lambda self, e, text: Score(len(text) % 3 > 0, 'toy')\n"
+            "M.main(sys.argv[1:])")
     process = subprocess.Popen([sys.executable, "-c", code, *flags(pair, out)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while (not out.exists() or out.read_bytes().count(b"\n")
-           < 3) and time.monotonic() < deadline and process.poll() is None:
+    written = lambda: out.read_bytes().count(b"\n") if out.exists() else 0
+    while written() < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert out.read_bytes().count(b"\n") >= 3
+    assert written() >= 3
     M.main(flags(pair, out))
     assert out.read_bytes() == answers.read_bytes()
 
@@ -157,16 +166,16 @@ def test_more_is_added_and_other_settings_are_refused_by_name(pair, answers, tmp
         with pytest.raises(UserError, match=message):
             M.main(flags(pair, out, *more))
     shutil.copytree(pair / "draft", tmp_path / "target")
-    with pytest.raises(UserError, match="model target was .*, now "):
-        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models",
-                str(tmp_path / "target"), "--device", "cpu", "--out", str(out)])
-    # else its answers would be made again
-    with pytest.raises(UserError, match="model target is now called .*/target"):
-        M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models",
-                str(pair / "target"), str(tmp_path / "target"), "--device", "cpu", "--out",
-                str(out)])
+    # Another model of the same name, and the same model by another name: its answers would be made
+    # again.
+    for models, message in (([tmp_path / "target"], "model target was .*, now "),
+                            ([pair / "target", tmp_path / "target"],
+                             "model target is now called .*/target")):
+        with pytest.raises(UserError, match=message):
+            M.main(["generate", "--prompts", str(pair / "problems.jsonl"), "--models",
+                    *map(str, models), "--device", "cpu", "--out", str(out)])
     (tmp_path / "a.jsonl.settings.json").unlink()
-    with pytest.raises(UserError, match="not known how it was made"):
+    with pytest.raises(UserError, match="how it was made is unknown"):
         M.main(flags(pair, out))
     assert out.read_bytes() == before
 
@@ -179,55 +188,53 @@ def test_models_are_told_apart_by_the_shortest_names(tmp_path):
                             tmp_path / "b/target"])) == ["a/target", "b/target"]
 
 
+def prompts_of(tmp_path, path, *more):
+    """The prompts that `generate` reads from a file."""
+    return M.read_prompts(M.parse_args(["generate", "--prompts", str(path), "--models", "none",
+                                        "--out", str(tmp_path / "out"), *map(str, more)]))
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="the real files are not here")
 @pytest.mark.parametrize("name,task,count", [
     ("gsm8k_test.jsonl", "gsm8k", 1319), ("gsm8k_train_1000.jsonl", "gsm8k", 1000),
-    ("HumanEval.jsonl.gz", "humaneval", 164),
-    ("ARC-Challenge-Test.jsonl", "arc", 1172), ("alpaca_80.jsonl", None, 80)])
-def test_real_files_are_recognised(name, task, count):
-    args = SimpleNamespace(prompts=DATA / name, task=None, chat=False, allow_code_execution=True,
-                           limit=None)
-    prompts = M.read_prompts(args)
-    assert len(prompts) == count and {p["task"] for p in prompts} == {task} and len(
-        {p["example"]["id"] for p in prompts}) == count
-    assert prompts[-1]["where"].endswith(f"line {count}") and all(p["text"] for p in prompts)
-    args.limit = 3
-    assert M.read_prompts(args) == prompts[:3]
+    ("HumanEval.jsonl.gz", "humaneval", 164), ("ARC-Challenge-Test.jsonl", "arc", 1172),
+    ("alpaca_80.jsonl", None, 80)])
+def test_real_files_are_recognised(tmp_path, name, task, count):
+    prompts = prompts_of(tmp_path, DATA / name, "--allow_code_execution")
+    assert len(prompts) == count == len({p["example"]["id"] for p in prompts})
+    assert {p["task"] for p in prompts} == {task} and all(p["text"] for p in prompts)
+    assert prompts[-1]["where"].endswith(f"line {count}")
+    assert prompts_of(tmp_path, DATA / name, "--allow_code_execution", "--limit", 3) == prompts[:3]
     if task == "humaneval":
-        args.allow_code_execution = False
         with pytest.raises(UserError, match="--allow_code_execution"):
-            M.read_prompts(args)
+            prompts_of(tmp_path, DATA / name)
 
 
 def test_plain_prompts_of_three_kinds(tmp_path):
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "a", "domain": "d"}\n\n{"instruction": "b", "input": '
-                    '"c"}\n{"turns": ["e", "f"], "category": ""}\n')
-    args = SimpleNamespace(prompts=path, task=None, chat=False, allow_code_execution=False,
-                           limit=None)
-    got = [(p["text"], p["example"]["domain"], p["example"]["id"]) for p in M.read_prompts(args)]
+    path.write_text('{"prompt": "a", "domain": "d"}\n\n{"instruction": "b", "input": "c"}\n'
+                    '{"turns": ["e", "f"], "category": ""}\n')
+    got = [(p["text"], p["example"]["domain"], p["example"]["id"])
+           for p in prompts_of(tmp_path, path)]
     assert got == [("a", "d", "line 1"), ("b\n\nc", "alpaca", "line 3"), ("e", "alpaca", "line 4")]
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(UserError, match="p.jsonl, line 2: no prompt"):
-        M.read_prompts(args)
+        prompts_of(tmp_path, path)
 
 
 # ---------------------------------------------------------------- mine
 
 def from_scratch(pair):
-    """`Continuations` as it is meant: a new engine for every prefix, so that no cache is shared.
-
-    (ask, tokenizer)
-    """
-    tokenizer, model = Tokenizer.from_dir(pair / "target"), G.load(pair / "target",
-                                                                   dtype=torch.float32)
+    """(asker, tokenizer): `Continuations` without a cache, a new engine for every prefix."""
+    tokenizer, model = load(pair / "target")
 
     def asker(prompt, limit):
         def ask(prefix):
-            new = G.generate(G.Engine(model), prompt + prefix, limit - len(prefix),
-                             tokenizer.eos_ids).tokens if limit > len(prefix) else [-1]
-            ended = new[-1] in tokenizer.eos_ids
-            tokens = prefix + [t for t in new if t >= 0 and t not in tokenizer.eos_ids]
+            new, room = [], limit - len(prefix)
+            if room > 0:
+                new = generate(Engine(model), prompt + prefix, room, tokenizer.eos_ids).tokens
+            ended = bool(new) and new[-1] in tokenizer.eos_ids
+            tokens = prefix + [t for t in new if t not in tokenizer.eos_ids]
             text = tokenizer.decode_new(prompt, tokens)
             return Outcome(tokens, text, ended, ended and len(text) % 3 > 0)
         return ask
@@ -268,11 +275,10 @@ def test_first_errors_equal_brute_force_over_all_prefixes(pair, answers, brute_f
             *(["--draft", str(pair / "draft"), "--speculate_k", "3"] if draft else [])])
     said = capsys.readouterr().out
     assert [(m["prompt"], m["answer"], m["error"]) for m in read_data(out)] == want
-    assert sum(e is not None for *_, e in want) >= 10 and sum(bool(e) and e[0] > 0 for *_,
-                                                              e in want) >= 3
-    left = said[said.index("left out: "):]
-    assert left_out == sum(int(n.split()[0])
-                           for n in left.removeprefix("left out: ").split("; ")) and FAILS in left
+    errors = [e for *_, e in want if e]
+    assert len(errors) >= 10 and sum(start > 0 for start, _ in errors) >= 3
+    reasons = said.split("left out: ")[1].split("; ")
+    assert left_out == sum(int(r.split()[0]) for r in reasons) and FAILS in said
     assert "were in the cache already" in said and "so it saved about" in said
     assert not list(tmp_path.glob("*.part*"))
 
@@ -289,22 +295,24 @@ def test_mining_resumes_wherever_it_was_cut(pair, answers, tmp_path, monkeypatch
     out, kept = tmp_path / "m.jsonl", []
     part, settings = tmp_path / "m.jsonl.part", tmp_path / "m.jsonl.part.settings.json"
     command = ["mine", "--data", str(some(answers, tmp_path / "a.jsonl", 2)), "--target",
-               str(pair / "target"), "--draft", str(pair / "draft"),
-               "--device", "cpu", "--out", str(out), "--method"]
+               str(pair / "target"), "--draft", str(pair / "draft"), "--device", "cpu", "--out",
+               str(out), "--method"]
+    remove, mine_line, results = AnswerLog.remove, getattr(M.Miner, method), {}
+
+    def keep(self):
+        kept.extend((self.path.read_bytes(), self.about.read_bytes()))
+        remove(self)
+
+    def record(self, line):
+        results[line["where"]] = mine_line(self, line)
+        return results[line["where"]]
+
     with monkeypatch.context() as m:
-        m.setattr(M.Log, "remove",
-                  lambda self: kept.extend((self.path.read_bytes(), self.about.read_bytes())))
+        m.setattr(AnswerLog, "remove", keep)
+        m.setattr(M.Miner, method, record)
         M.main([*command, method])
     whole = out.read_bytes()
-    results = [json.loads(line) for line in kept[0].splitlines()]
-    monkeypatch.setattr(M.Miner, method, lambda self,
-                        line: (r := results[order.index(line["where"].rsplit(" ", 1)[1])]).get(
-                            "lines") or r["left_out"])
-    lines = lines_of(tmp_path / "a.jsonl")
-    order = []  # of the lines' numbers: one prompt's together
-    for prompt in dict.fromkeys(a["prompt"] for a in lines):
-        order += [str(i) for i, a in enumerate(lines, 1) if a["prompt"]
-                  == prompt][:1 if method == "autojudge" else None]
+    monkeypatch.setattr(M.Miner, method, lambda self, line: results[line["where"]])
     for size in {0, 1, *(random.Random(0).randrange(len(kept[0])) for _ in range(8)),
                  len(kept[0]) - 1, len(kept[0])}:
         part.write_bytes(kept[0][:size])
@@ -320,16 +328,14 @@ def test_mining_resumes_wherever_it_was_cut(pair, answers, tmp_path, monkeypatch
 
 
 def test_autojudge_equals_brute_force(pair, answers, tmp_path):
-    """The walk written anew, from scratch at every step: labels of single tokens against the lines
-    of `mine`.
-    """
+    """The walk written anew, from scratch at every step, against the lines of `mine`."""
     out, answers = tmp_path / "m.jsonl", some(answers, tmp_path / "a.jsonl", 3)
     M.main(["mine", "--data", str(answers), "--target", str(pair / "target"), "--draft",
-            str(pair / "draft"), "--method", "autojudge", "--device", "cpu",
-            "--speculate_k", "3", "--out", str(out)])
+            str(pair / "draft"), "--method", "autojudge", "--device", "cpu", "--speculate_k", "3",
+            "--out", str(out)])
     asker, tokenizer = from_scratch(pair)
-    draft, lines, mined = G.load(pair / "draft", dtype=torch.float32), lines_of(answers), read_data(
-        out)
+    _, draft = load(pair / "draft")
+    lines, mined = lines_of(answers), read_data(out)
     important = unimportant = 0
     for text in dict.fromkeys(a["prompt"] for a in lines):
         prompt, labels, final = tokenizer.encode(text), [], None
@@ -337,7 +343,7 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
         if (own := ask([])).good:
             answer, i = own.tokens, 0
             while i <= len(answer):
-                token = G.generate(G.Engine(draft), prompt + answer[:i], 1).tokens[0]
+                token = generate(Engine(draft), prompt + answer[:i], 1).tokens[0]
                 if token not in tokenizer.eos_ids and answer[i:i + 1] != [token]:
                     other = ask(answer[:i] + [token])
                     labels.append((answer[:i] + [token], not other.good))
@@ -345,15 +351,14 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
                 i += 1
             final = tokenizer.decode_new(prompt, answer)
         got = [m for m in mined if m["prompt"] == text]
-        whole = {tokenizer.decode_new(prompt, tokens): wrong for tokens, wrong in labels}
+        whole = {tokenizer.decode_new(prompt, tokens): (tokens, wrong) for tokens, wrong in labels}
         for m in got:
             if m["error"]:
-                assert whole[m["answer"]] and m["error"][1] == len(m["answer"])
+                tokens, wrong = whole[m["answer"]]
+                assert wrong and m["error"][1] == len(m["answer"])
                 ids, offsets = tokenizer.encode_with_offsets(m["answer"], continuation=True)
-                swapped = next(t for t, _ in labels if tokenizer.decode_new(prompt, t)
-                               == m["answer"])[-1]
-                assert label_tokens(offsets, m["error"]) == [1] * (len(ids) - 1) + [0] and ids[
-                    -1] == swapped
+                assert label_tokens(offsets, m["error"]) == [1] * (len(ids) - 1) + [0]
+                assert ids[-1] == tokens[-1]
                 important += 1
             else:
                 assert m["answer"] == final
@@ -367,28 +372,36 @@ def test_autojudge_equals_brute_force(pair, answers, tmp_path):
     assert sum(e.labels.count(0) for e in encoded) == important
 
 
-def test_searches_on_made_up_outcomes():
-    """Texts of 0s; a prefix is good or not as `good` says, and the path from it goes on as the
-    answer does for `agree` tokens.
+class MadeUp:
+    """`go_on` of an answer 0, 1, ... whose prefixes have made-up outcomes.
+
+    path[length]: the run of prefixes that share an outcome, and whether it is good.
     """
+
+    def __init__(self, path):
+        self.path, self.asked = path, []
+
+    def __call__(self, prefix):
+        self.asked.append(len(prefix))
+        run = self.path[len(prefix)]
+        end = max(i for i, other in enumerate(self.path) if other == run)
+        return Outcome([*range(end), -1], "", True, run[1])
+
+
+def test_searches_on_made_up_outcomes():
     rng = random.Random(0)
     for _ in range(3000):
-        n = rng.randrange(1, 20)
-        answer, path = list(range(n)), []
-        while len(path) <= n:  # runs of prefixes with one outcome, as one path has
+        n, path = rng.randrange(1, 20), []
+        answer = list(range(n))
+        while len(path) <= n:
             path += [(len(path), rng.random() < 0.6)] * rng.randrange(1, 6)
-        asked = []
-
-        def go_on(prefix):
-            asked.append(len(prefix))
-            run = path[len(prefix)]
-            end = max(i for i in range(n + 1) if path[i] == run)
-            return Outcome(answer[:end] + [-1], "", True, run[1])
-
-        good = [path[i][1] for i in range(n + 1)]
+        path = path[:n + 1]
+        good = [ok for _, ok in path]
         want = FAILS if not good[0] else ENDS_EARLY if all(good) else good.index(False) - 1
-        assert scan(answer, go_on) == want and len(asked) == len(set(asked)) <= len(set(path))
-        asked.clear()
+        go_on = MadeUp(path)
+        assert scan(answer, go_on) == want
+        assert len(go_on.asked) == len(set(go_on.asked)) <= len(set(path))
+        go_on = MadeUp(path)
         at = bisect(answer, go_on)
         if isinstance(at, int):
             assert good[at] and not good[at + 1]
@@ -396,19 +409,17 @@ def test_searches_on_made_up_outcomes():
             assert at == FAILS and not good[0] or at == ENDS_EARLY and good[0] and good[n]
         if good == sorted(good, reverse=True):  # changes once
             assert at == want
-        assert len(asked) <= 2 + n.bit_length()
+        assert len(go_on.asked) <= 2 + n.bit_length()
 
 
 @pytest.mark.parametrize("search", [scan, bisect])
 def test_searches_end_where_a_stop_string_begins_in_the_answer(search):
-    """The target's next token completes a stop string, so that the outcome's tokens are fewer than
-    the prefix's.
-    """
+    """The next token completes a stop string, so the outcome has fewer tokens than the prefix."""
     answer, asked = list(range(9)), []
     for last_good in range(len(answer) + 1):
         asked.clear()
 
-        def go_on(prefix):
+        def go_on(prefix, last_good=last_good):
             asked.append(len(prefix))
             assert len(asked) < 20, "it asks again and again"
             return Outcome(prefix[:-1], "", True, len(prefix) <= last_good)
@@ -421,10 +432,9 @@ def test_what_the_cache_holds_is_not_read_again(pair):
     tokenizer = Tokenizer.from_dir(pair / "target")
     config = tiny_config(vocab_size=1024, max_position_embeddings=2048, hidden_size=128,
                          num_hidden_layers=4)
-    engine = G.Engine(random_model(config, seed=3))
+    engine = Engine(random_model(config, seed=3))
     read, plain = [], engine.read
-    engine.read = lambda model, start: read.append(len(engine.tokens) - start) or plain(
-        model, start)
+    engine.read = lambda start: read.append(len(engine.tokens) - start) or plain(start)
     go_on = Continuations(engine, tokenizer, 900)
     prompt, answer = [t % 1000 + 3 for t in range(1200)], [t % 89 + 5 for t in range(600)]
     go_on.start(prompt, lambda text: True)
@@ -432,8 +442,8 @@ def test_what_the_cache_holds_is_not_read_again(pair):
     for n in range(0, 600, 60):
         go_on.limit = n + 2
         go_on(answer[:n])
-    assert go_on.asked == len(read) == 10 and go_on.read == sum(
-        read) and go_on.read + go_on.cached == sum(1200 + n for n in range(0, 600, 60))
+    assert go_on.asked == len(read) == 10 and go_on.read == sum(read)
+    assert go_on.read + go_on.cached == sum(1200 + n for n in range(0, 600, 60))
     assert go_on.read < 1900 and go_on.known == 0 and len(go_on.sample) == mining.SAMPLE
     rest = [(tokens, seconds) for tokens, seconds in go_on.sample if len(tokens) > 1200]
     anew = sum(mining.read_anew(engine, tokens) for tokens, _ in rest)
@@ -443,9 +453,10 @@ def test_what_the_cache_holds_is_not_read_again(pair):
 
 # ---------------------------------------------------------------- characters
 
-def test_marks_hold_whole_characters(homes):  # noqa: F811
-    """By bytes: a mark is the characters that hold a byte of the token, and train_judge labels it
-    and nothing before it.
+def test_marks_hold_whole_characters(homes):
+    """By bytes: a mark is the characters that hold a byte of the token.
+
+    Training labels these and nothing before them.
     """
     found = 0
     for t in every(homes):
@@ -458,42 +469,86 @@ def test_marks_hold_whole_characters(homes):  # noqa: F811
                 begin = len(b"".join(map(t.token_bytes, tokens[:at])))
                 end = begin + len(t.token_bytes(tokens[at]))
                 edges = [len(text[:i].encode()) for i in range(len(text) + 1)]
-                a, b = max(i for i, e in enumerate(edges)
-                           if e <= begin), min(i for i, e in enumerate(edges) if e >= end)
+                a = max(i for i, e in enumerate(edges) if e <= begin)
+                b = min(i for i, e in enumerate(edges) if e >= end)
                 mark = characters(t, prompt, tokens, at)
                 if mark is None:  # cut here, the text has other tokens
-                    assert t.encode(text[:b],
-                                    continuation=True) != tokens[
-                                        :len(t.encode(text[:b], continuation=True))]
+                    cut = t.encode(text[:b], continuation=True)
+                    assert cut != tokens[:len(cut)]
                     continue
                 found += 1
                 assert mark == (text[:b], [a, b])
                 ids, offsets = t.encode_with_offsets(mark[0], continuation=True)
                 first = next(i for i, (_, e) in enumerate(offsets) if e > a)
-                assert label_tokens(offsets, mark[1]) == [1] * first + [0] * (
-                    len(ids) - first) and tokens[at] in ids[first:]
+                assert label_tokens(offsets, mark[1]) == [1] * first + [0] * (len(ids) - first)
+                assert tokens[at] in ids[first:]
     assert found > 1000
 
 
-def test_a_text_that_is_cut_otherwise_gets_no_mark(homes):  # noqa: F811
+def test_a_text_that_is_cut_otherwise_gets_no_mark(homes):
     t = Tokenizer.from_dir(homes["tt"])
     byte = lambda text: [t.encode(c, continuation=True)[0] for c in text]
     assert characters(t, [], byte("x the"), 4) is None  # "the" is one token
-    # what was cut otherwise lies before
-    assert characters(t, [], byte("the x"), 4) == ("the x", [4, 5])
+    assert characters(t, [], byte("the x"), 4) == ("the x", [4, 5])  # "the" lies before
     emoji = t.encode("🎉", continuation=True)
-    assert [characters(t, [], byte("ab") + emoji + byte("c"), at)
-            for at in range(2, 6)] == [("ab🎉", [2, 3])] * 4
+    for at in range(2, 6):
+        assert characters(t, [], byte("ab") + emoji + byte("c"), at) == ("ab🎉", [2, 3])
     assert characters(t, [], byte("ab") + emoji[:2], 3) is None  # never completed
     assert characters(t, [], byte("ab") + emoji[1:], 2) is None  # never begun
+
+
+# ---------------------------------------------------------------- files of an earlier version
+
+@pytest.fixture
+def before(tmp_path, monkeypatch):
+    """What commit 3686f6e wrote on the demo pair: `generate`, and `mine` before its end."""
+    for name, value in REAL.items():
+        monkeypatch.setattr(TASKS["demo"], name, value)
+    return shutil.copytree(BEFORE, tmp_path / "before")
+
+
+def cut(path, lines):
+    """Leave so many lines and half of the next."""
+    data = path.read_bytes().splitlines(True)
+    path.write_bytes(b"".join(data[:lines]) + data[lines][:len(data[lines]) // 2])
+
+
+def test_answers_written_before_are_resumed(before):
+    out, about = before / "answers.jsonl", before / "answers.jsonl.settings.json"
+    whole, settings = out.read_bytes(), about.read_bytes()
+    command = ["generate", "--prompts", str(DEMO / "problems.jsonl"), "--limit", "1",
+               "--temperatures", "0", "--device", "cpu", "--out", str(out), "--models"]
+    cut(out, 4)
+    M.main([*command, str(DEMO / "draft")])  # the other model's answers and settings stay
+    assert out.read_bytes() == whole and about.read_bytes() == settings
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        M.main([*command, str(DEMO / "draft"), "--seed", "1"])
+    cut(out, 3)
+    only = json.loads(settings)
+    del only["models"]["draft"]
+    about.write_text(json.dumps(only))
+    M.main([*command, str(DEMO / "draft")])  # a model is added
+    assert out.read_bytes() == whole and about.read_bytes() == settings
+
+
+def test_mining_written_before_is_resumed(before):
+    part, out = before / "mined.jsonl.part", before / "mined.jsonl"
+    want = [line for result in lines_of(part) for line in result["lines"]]
+    assert len(want) == 6 and sum(line["error"] is not None for line in want) == 2
+    cut(part, 4)
+    M.main(["mine", "--data", str(before / "answers.jsonl"), "--target", str(DEMO / "target"),
+            "--draft", str(DEMO / "draft"), "--method", "first_error", "--device", "cpu", "--out",
+            str(out)])
+    assert lines_of(out) == want and not list(before.glob("*.part*"))
 
 
 # ---------------------------------------------------------------- merge
 
 def test_merge_splits_by_prompt(tmp_path, capsys):
     rng, files = random.Random(0), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    lines = [{"prompt": f"p{i % 20}", "answer": f"an answer {i} 🎉", "error": [3, 9] if i % 3
-              else None, "domain": "dg"[i % 2], "source_model": "m"} for i in range(60)]
+    lines = [{"prompt": f"p{i % 20}", "answer": f"an answer {i} 🎉",
+              "error": [3, 9] if i % 3 else None, "domain": "dg"[i % 2], "source_model": "m"}
+             for i in range(60)]
     files[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
     again = rng.sample(lines, 10)
     files[1].write_text("".join(json.dumps(line | {"error": [0, 2]} if i < 4 else line) + "\n"
@@ -505,13 +560,15 @@ def test_merge_splits_by_prompt(tmp_path, capsys):
     said = capsys.readouterr().out
     a, b = lines_of(train), lines_of(val)
     key = lambda e: json.dumps(e, sort_keys=True)
-    assert sorted(map(key, a + b)) == sorted(map(key, lines)) and len({e["prompt"] for e in b}) == 5
+    assert sorted(map(key, a + b)) == sorted(map(key, lines))
+    assert len({e["prompt"] for e in b}) == 5
     assert not {e["prompt"] for e in a} & {e["prompt"] for e in b}
-    assert "10 answers came twice and were dropped, 4 of them marked otherwise" in said and "tokens" in said and "15 answers" in said
+    assert "10 answers came twice and were dropped, 4 of them marked otherwise" in said
+    assert "tokens" in said and "15 answers" in said
     before = train.read_bytes(), val.read_bytes()
     M.main(command)
-    assert (train.read_bytes(),
-            val.read_bytes()) == before and "characters" in capsys.readouterr().out
+    assert (train.read_bytes(), val.read_bytes()) == before
+    assert "characters" in capsys.readouterr().out
     M.main([*command, "--seed", "5"])
     assert train.read_bytes() != before[0]
 
@@ -520,12 +577,12 @@ def test_merge_refuses(tmp_path):
     path, train, val = tmp_path / "a.jsonl", tmp_path / "t.jsonl", tmp_path / "v.jsonl"
     command = ["merge", str(path), "--train", str(train), "--val", str(val)]
     line = lambda i, error: json.dumps({"prompt": f"p{i}", "answer": "abc", "error": error}) + "\n"
-    for text, message in (("".join(line(i, None) for i in range(9)), "no answer of the train part "
-                           "has an error marked"),
+    for text, message in (("".join(line(i, None) for i in range(9)),
+                           "no answer of the train part has an error marked"),
                           (line(0, [0, 1]), "one prompt only"),
-                          (line(0, [0, 1]) + line(1, [2, 4]), "a.jsonl line 2: 'error' is"),
-                          (line(0, [0, 1]) + line(1, [2, 1]), "a.jsonl line 2: 'error' is"),
-                          (line(0, [1, 1]), "a.jsonl line 1: 'error' is")):
+                          (line(0, [0, 1]) + line(1, [2, 4]), "a.jsonl, line 2: 'error' is"),
+                          (line(0, [0, 1]) + line(1, [2, 1]), "a.jsonl, line 2: 'error' is"),
+                          (line(0, [1, 1]), "a.jsonl, line 1: 'error' is")):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             M.main(command)
@@ -534,49 +591,46 @@ def test_merge_refuses(tmp_path):
 
 # ---------------------------------------------------------------- what is refused
 
-def test_refusals(pair, answers, homes, tmp_path, monkeypatch):  # noqa: F811
+def test_refusals(pair, answers, homes, tmp_path):
     out = tmp_path / "o.jsonl"
     mine = ["mine", "--data", str(answers), "--target", str(pair / "target"), "--out", str(out),
             "--device", "cpu", "--method"]
-    other = save_checkpoint(tmp_path / "other",
-                            random_model(config := tiny_config(vocab_size=1024), seed=2), config)
+    config = tiny_config(vocab_size=1024)
+    other = save_checkpoint(tmp_path / "other", random_model(config, seed=2), config)
     shutil.copy(homes["tt"] / "tokenizer.model", other)
-    long, lines = tmp_path / "long.jsonl", lines_of(answers)
-    long.write_text(json.dumps({"prompt": "short"}) + "\n" + json.dumps({"prompt": "long " * 3000})
-                    + "\n")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text(json.dumps(lines[0]) + "\n"
-                   + json.dumps({k: v for k, v in lines[1].items() if k != "right"}) + "\n")
-    wordy = tmp_path / "wordy.jsonl"
-    wordy.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[1] | {"answer": "no " * 3000})
-                     + "\n")
-    plain = tmp_path / "plain.jsonl"
-    plain.write_text(json.dumps(lines[0] | {"task": None}) + "\n")
-    code = tmp_path / "code.jsonl"
+    first, second, *_ = lines_of(answers)
     example = {"task_id": "x/1", "prompt": "def f():\n", "entry_point": "f",
                "test": "def check(f): pass", "domain": "humaneval", "id": "x/1"}
-    code.write_text(json.dumps(lines[0] | {"task": "humaneval", "example": example}) + "\n")
-    use = lambda path: [str(path) if x == str(answers) else x for x in mine]
-    generate = ["generate", "--models", str(pair / "target"), "--device", "cpu", "--out", str(out),
-                "--prompts"]
+    for name, lines in {
+            "long": [{"prompt": "short"}, {"prompt": "long " * 3000}],
+            "bad": [first, {k: v for k, v in second.items() if k != "right"}],
+            "wordy": [first, second | {"answer": "no " * 3000}],
+            "plain": [first | {"task": None}],
+            "code": [first | {"task": "humaneval", "example": example}]}.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    use = lambda name: [str(tmp_path / name) if x == str(answers) else x for x in mine]
+    make = ["generate", "--models", str(pair / "target"), "--device", "cpu", "--out", str(out),
+            "--prompts"]
     for command, message in (
             ([*mine, "autojudge"], "--method autojudge needs --draft"),
-            ([*mine, "autojudge", "--draft", str(other)], "different tokenizers; speculation "
-             "needs the same"),
+            ([*mine, "autojudge", "--draft", str(other)],
+             "different tokenizers; speculation needs the same"),
             ([*mine, "autojudge", "--draft", str(pair / "draft"), "--search", "bisect"],
              "--search is for --method first_error"),
-            ([*use(bad), "first_error"], "bad.jsonl, line 2: 'right' is missing"),
-            ([*use(wordy), "first_error"], "wordy.jsonl, line 2: prompt and answer have"),
-            ([*use(plain), "first_error"], "no answers of a task with a checker"),
-            ([*use(code), "first_error"], "--allow_code_execution"),
-            ([*use(tmp_path / "none"), "first_error"], "cannot read"),
-            ([*generate, str(long)], "long.jsonl, line 2: the prompt has .* whose context is 512"),
-            ([*generate, str(answers), "--temperatures", "0,-1"], "--temperatures is '0,-1'"),
-            ([*generate, str(answers), "--temperatures", "x"], "--temperatures"),
-            ([*generate, str(answers), "--samples", "0"], "--samples is 0"),
-            ([*generate, str(answers), "--limit", "0"], "--limit is 0"),
-            ([*generate, str(answers), "--task", "gsm8k"], "is a file of demo"),
-            ([*generate[:-3], "--out", str(tmp_path / "no" / "o"), "--prompts", str(answers)],
+            ([*use("bad.jsonl"), "first_error"], "bad.jsonl, line 2: 'right' is missing"),
+            ([*use("wordy.jsonl"), "first_error"], "wordy.jsonl, line 2: prompt and answer have"),
+            ([*use("plain.jsonl"), "first_error"], "no answers of a task with a checker"),
+            ([*use("code.jsonl"), "first_error"], "--allow_code_execution"),
+            ([*use("none"), "first_error"], "cannot read"),
+            ([*make, str(tmp_path / "long.jsonl")],
+             "long.jsonl, line 2: the prompt has .* whose context is 512"),
+            ([*make, str(answers), "--temperatures", "0,-1"], "--temperatures is '0,-1'"),
+            ([*make, str(answers), "--temperatures", "x"], "--temperatures"),
+            ([*make, str(answers), "--samples", "0"], "--samples is 0"),
+            ([*make, str(answers), "--limit", "0"], "--limit is 0"),
+            ([*make, str(answers), "--task", "gsm8k"], "is a file of demo"),
+            ([*make[:-3], "--out", str(tmp_path / "no" / "o"), "--prompts", str(answers)],
              "no is not a directory"),
     ):
         with pytest.raises(UserError, match=message) as e:
@@ -584,5 +638,5 @@ def test_refusals(pair, answers, homes, tmp_path, monkeypatch):  # noqa: F811
         assert "\n" not in str(e.value) and not list(tmp_path.glob("o.jsonl*")), message
     done = subprocess.run([sys.executable, ROOT / "make_judge_data.py", *mine, "autojudge"],
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(
-        "error: --method autojudge") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --method autojudge")

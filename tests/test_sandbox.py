@@ -1,6 +1,4 @@
-"""The sandbox: hostile code neither passes, hangs the run nor harms it; honest code passes,
-HumanEval's own solutions first.
-"""
+"""The sandbox: hostile code neither passes, hangs the run nor harms it; honest code passes."""
 import concurrent.futures
 import contextlib
 import gzip
@@ -16,11 +14,12 @@ import threading
 import time
 from pathlib import Path
 
+from common import UserError
+
 import pytest
 
-import sandbox
-from cli import UserError
-from sandbox import LIMITS, OUTPUT, run_python
+from evaluation import sandbox
+from evaluation.sandbox import LIMITS, OUTPUT, run_python
 
 ROOT = Path(__file__).parents[1]
 HUMANEVAL = ROOT.parent / "shared" / "data" / "HumanEval.jsonl.gz"
@@ -61,12 +60,12 @@ def nothing_stays(monkeypatch, tmp_path_factory):
     """Whatever a test does, no process and no temporary directory of the sandbox is left."""
     tmp_path_factory.getbasetemp()  # pytest makes its own in the usual place first
     with tempfile.TemporaryDirectory() as place:
-        # as root the code runs as another user, who must get to its own directory
-        os.chmod(place, 0o755)
+        os.chmod(place, 0o755)  # as root the code runs as another user, who must get there
         monkeypatch.setattr(tempfile, "tempdir", place)
         before = descendants(os.getpid())
         yield
-        assert descendants(os.getpid()) == before and not list(Path(place).glob("sandbox-*"))
+        assert descendants(os.getpid()) == before
+        assert not list(Path(place).glob("sandbox-*"))
 
 
 def run(program, timeout=10.0, tests=TESTS, **more):
@@ -76,8 +75,7 @@ def run(program, timeout=10.0, tests=TESTS, **more):
 def test_honest_code_passes_and_wrong_code_fails():
     assert run(HONEST).status == "passed"
     assert run("def f(x):\n    return x + 2\n").status == "failed"
-    # the first assert holds, the second does not
-    assert run("def f(x):\n    return 3\n").status == "failed"
+    assert run("def f(x):\n    return 3\n").status == "failed"  # only the first assert holds
     wrong = run("def f(x)\n    return x + 1\n")
     assert wrong.status == "failed" and "SyntaxError" in wrong.output
     assert run("def g(x):\n    return x + 1\n").status == "failed"
@@ -93,46 +91,108 @@ def test_a_broken_test_is_no_pass():
 # Ways to pass without being right, against one harness or another: by the exit code, by what is
 # printed, by what runs beside the asserts.
 CHEATS = {
-    "leaves at once": "import os\nos._exit(0)",
-    "leaves when called": "import os\ndef f(x):\n    os._exit(0)",
-    "sys.exit": "import sys\nsys.exit(0)",
-    "sys.exit when called": "import sys\ndef f(x):\n    sys.exit(0)",
-    "its own check": "def check(candidate):\n    pass\ndef f(x):\n    return 0",
-    "equal to everything": "class Any:\n    def __eq__(self, other):\n        return True\ndef "
-    "f(x):\n    return Any()",
-    "a number equal to everything": "class Any(int):\n    def __eq__(self, other):\n        "
-    "return True\ndef f(x):\n    return Any(7)",
-    "builtins": "import builtins\nbuiltins.AssertionError = Exception\nbuiltins.exec = "
-    "builtins.compile = lambda *a: None\n"
-                "__builtins__ = {}\ndef f(x):\n    return 0",
-    "trace": "import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = lambda *a: None\ndef "
-    "f(x):\n    return 0",
-    "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x):\n    raise SystemExit",
-    "frames": "import sys\ndef f(x):\n    g = sys._getframe()\n    while g:\n        "
-    "g.f_globals['passed'] = g.f_globals['check'] = lambda *a: True\n"
-              "        g = g.f_back\n    return 0",
-    "reports for the judge": "import os\nfor fd in range(64):\n    try:\n        os.write(fd, "
-    "b'passed\\npassed\\n')\n    except OSError:\n        pass\n"
-                             "def f(x):\n    return 0",
-    "prints the report": "print('passed')\ndef f(x):\n    print('passed')\n    return 0",
-    "a pickle with a call": "import pickle\nclass P:\n    def __reduce__(self):\n        import "
-    "os\n        return os._exit, (0,)\n"
-                            "def f(x):\n    with open(61, 'wb', closefd=False) as w:\n        "
-    "w.write(pickle.dumps((True, P())))\n    return P()",
-    "closes everything": "import os\nos.closerange(0, 4096)\ndef f(x):\n    return x + 1",
-    "kills its parent": "import os, signal\nos.kill(os.getppid(), 9)\ndef f(x):\n    return 0",
-    "reaches into the judge": """
-import os, signal
-def f(x):
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        if int(pid) != os.getpid():
-            for name in ('mem', 'fd/0', 'fd/4'):
-                try:
-                    open(f'/proc/{pid}/{name}', 'r+b').write(b'passed')
-                except OSError:
-                    pass
-    return 0
-""",
+    "leaves at once": """
+        import os
+        os._exit(0)""",
+    "leaves when called": """
+        import os
+        def f(x):
+            os._exit(0)""",
+    "sys.exit": """
+        import sys
+        sys.exit(0)""",
+    "sys.exit when called": """
+        import sys
+        def f(x):
+            sys.exit(0)""",
+    "its own check": """
+        def check(candidate):
+            pass
+        def f(x):
+            return 0""",
+    "equal to everything": """
+        class Any:
+            def __eq__(self, other):
+                return True
+        def f(x):
+            return Any()""",
+    "a number equal to everything": """
+        class Any(int):
+            def __eq__(self, other):
+                return True
+        def f(x):
+            return Any(7)""",
+    "builtins": """
+        import builtins
+        builtins.AssertionError = Exception
+        builtins.exec = builtins.compile = lambda *a: None
+        __builtins__ = {}
+        def f(x):
+            return 0""",
+    "trace": """
+        import sys
+        sys.settrace(lambda *a: None)
+        sys.excepthook = lambda *a: None
+        def f(x):
+            return 0""",
+    "atexit": """
+        import atexit, os
+        atexit.register(os._exit, 0)
+        def f(x):
+            raise SystemExit""",
+    "frames": """
+        import sys
+        def f(x):
+            g = sys._getframe()
+            while g:
+                g.f_globals['passed'] = g.f_globals['check'] = lambda *a: True
+                g = g.f_back
+            return 0""",
+    "reports for the tester": r"""
+        import os
+        for fd in range(64):
+            try:
+                os.write(fd, b'passed\npassed\n')
+            except OSError:
+                pass
+        def f(x):
+            return 0""",
+    "prints the report": """
+        print('passed')
+        def f(x):
+            print('passed')
+            return 0""",
+    "a pickle with a call": """
+        import pickle
+        class P:
+            def __reduce__(self):
+                import os
+                return os._exit, (0,)
+        def f(x):
+            with open(61, 'wb', closefd=False) as w:
+                w.write(pickle.dumps((True, P())))
+            return P()""",
+    "closes everything": """
+        import os
+        os.closerange(0, 4096)
+        def f(x):
+            return x + 1""",
+    "kills its parent": """
+        import os, signal
+        os.kill(os.getppid(), 9)
+        def f(x):
+            return 0""",
+    "reaches into the tester": """
+        import os, signal
+        def f(x):
+            for pid in filter(str.isdigit, os.listdir('/proc')):
+                if int(pid) != os.getpid():
+                    for name in ('mem', 'fd/0', 'fd/4'):
+                        try:
+                            open(f'/proc/{pid}/{name}', 'r+b').write(b'passed')
+                        except OSError:
+                            pass
+            return 0""",
 }
 
 
@@ -144,29 +204,38 @@ def test_a_cheat_does_not_pass(name):
 
 
 def test_the_tests_are_not_where_the_code_can_look():
-    look = """
+    look = textwrap.dedent("""
         import gc, glob, os, sys
-        seen, frame = [sys.argv, dict(os.environ), sys.stdin.read(), gc.get_objects()], sys._getframe()
-        for path in glob.glob("./**", recursive=True) + glob.glob("/proc/self/*") + glob.glob("/proc/self/fd/*"):
+        seen = [sys.argv, dict(os.environ), sys.stdin.read(), gc.get_objects()]
+        paths = [*glob.glob("./**", recursive=True), *glob.glob("/proc/self/*")]
+        for path in paths + glob.glob("/proc/self/fd/*"):
             try:
                 fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
                 seen.append(os.read(fd, 1 << 20))
             except OSError:
                 pass
+        frame = sys._getframe()
         while frame:
             seen += [frame.f_locals, frame.f_globals]
             frame = frame.f_back
-        print("".join(["candidate", "(5)"]) in repr(seen))  # which Python does not join when it compiles this
-    """
-    assert run(textwrap.dedent(look) + HONEST).output == "False\n"
+        # Python does not join these two when it compiles this.
+        print("".join(["candidate", "(5)"]) in repr(seen))
+    """)
+    assert run(look + HONEST).output == "False\n"
     planted = "planted = 'candidate' '(5)'\n"
-    # the search finds what is there
-    assert run(planted + textwrap.dedent(look) + HONEST).output == "True\n"
+    assert run(planted + look + HONEST).output == "True\n"  # the search finds what is there
 
 
 def test_a_cheat_that_guesses_the_protocol_gains_only_what_its_answers_are_worth():
     """Answers may be written ahead of the questions: they are compared like any others."""
-    ahead = "import pickle\nw = open(61, 'wb', closefd=False)\nfor y in {}:\n    w.write(pickle.dumps((True, y)))\nw.flush()\ndef f(x):\n    return 0"
+    ahead = """
+        import pickle
+        w = open(61, 'wb', closefd=False)
+        for y in {}:
+            w.write(pickle.dumps((True, y)))
+        w.flush()
+        def f(x):
+            return 0"""
     assert run(ahead.format("(3, 5)")).status == "failed"
     assert run(ahead.format("(3, 6)")).status == "passed"
 
@@ -175,14 +244,19 @@ def test_a_cheat_that_guesses_the_protocol_gains_only_what_its_answers_are_worth
     "while True:\n    pass",
     "def f(x):\n    while True:\n        pass",
     "import time\ntime.sleep(1000)",
-    "import signal\nfor s in (1, 2, 14, 15, 24):\n    signal.signal(s, signal.SIG_IGN)\ndef "
-    "f(x):\n    while True:\n        pass",
+    """
+        import signal
+        for s in (1, 2, 14, 15, 24):
+            signal.signal(s, signal.SIG_IGN)
+        def f(x):
+            while True:
+                pass""",
     "def f(x):\n    return 10 ** 10 ** 9",
     "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
 ])
 def test_an_endless_program_is_stopped(program):
     start = time.monotonic()
-    assert run(program, timeout=1).status == "timed out"
+    assert run(program, timeout=0.5).status == "timed out"
     assert time.monotonic() - start < 15
 
 
@@ -190,11 +264,17 @@ def test_a_parent_killed_from_below_does_not_end_the_run(namespaces):
     """The candidate's parent is the first process of its namespace: signals from inside do not
     reach it.
     """
-    kill = "import os\ntry:\n    os.kill({}, 9)\nexcept OSError:\n    pass\n" + HONEST
+    kill = textwrap.dedent("""
+        import os
+        try:
+            os.kill({}, 9)
+        except OSError:
+            pass
+    """) + HONEST
     assert run(kill.format("os.getppid()")).status == "passed"
     victim = subprocess.Popen(["sleep", "60"])
     try:
-        # it may hit the judge, where that has the same user
+        # It may hit the tester, where that has the same user.
         assert run(kill.format("-1")).status in ("passed", "failed")
         assert victim.poll() is None
     finally:
@@ -206,16 +286,16 @@ def test_memory_is_limited():
     big = run("def f(x):\n    data = bytearray(10 << 30)\n    return x + 1")
     assert big.status == "failed" and "MemoryError" in big.output
     assert run("def f(x):\n    data = bytearray(100 << 20)\n    return x + 1").status == "passed"
-    # the judge has its limit too
-    assert run("def f(x):\n    return [0] * (1 << 27)", timeout=5).status != "passed"
+    tester = run(HONEST, tests="def check(candidate):\n    data = bytearray(3 << 30)\n")
+    assert tester.status == "failed" and "MemoryError" in tester.output
 
 
 def test_output_is_kept_up_to_its_limit():
-    loud = run("import sys\nprint('first')\nfor i in range(1000):\n    sys.stdout.write('x' * "
-               "1000 + '\\n')\n" + HONEST)
-    assert loud.status == "passed" and loud.output.startswith("first\nxxx") and OUTPUT // 2 < len(
-        loud.output) <= OUTPUT
-    endless = run("import os\nwhile True:\n    os.write(1, b'x' * 65536)", timeout=1)
+    loud = run("import sys\nprint('first')\nfor i in range(1000):\n"
+               "    sys.stdout.write('x' * 1000 + '\\n')\n" + HONEST)
+    assert loud.status == "passed" and loud.output.startswith("first\nxxx")
+    assert OUTPUT // 2 < len(loud.output) <= OUTPUT
+    endless = run("import os\nwhile True:\n    os.write(1, b'x' * 65536)", timeout=0.5)
     assert endless.status == "timed out" and len(endless.output) == OUTPUT
     assert run("import os\nos.write(2, b'\\xff\\xfe')\n" + HONEST).output == "\ufffd\ufffd"
 
@@ -225,7 +305,14 @@ def test_a_fork_bomb_is_bounded():
     sandbox if the limit fails.
     """
     name = f"bomb{os.getpid()}"
-    bomb = f"import ctypes, os\nctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+    bomb = f"""
+        import ctypes, os
+        ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)
+        while True:
+            try:
+                os.fork()
+            except OSError:
+                pass"""
     most, over = 0, threading.Event()
 
     def count():
@@ -240,7 +327,7 @@ def test_a_fork_bomb_is_bounded():
     watcher = threading.Thread(target=count)
     watcher.start()
     try:
-        outcome = run(bomb, timeout=2)
+        outcome = run(bomb, timeout=1)
     finally:
         over.set()
         watcher.join()
@@ -252,20 +339,26 @@ def test_a_fork_bomb_is_bounded():
 def test_a_daemon_does_not_outlive_the_run():
     """A child in a session of its own, whose parent has gone."""
     name = f"daemon{os.getpid()}"
-    daemon = ("import ctypes, os, time\nif not os.fork():\n    os.setsid()\n    if os.fork():\n   "
-              "     os._exit(0)\n"
-              f"    ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)\n    "
-              "time.sleep(100)\nos.wait()\n")
+    daemon = textwrap.dedent(f"""
+        import ctypes, os, time
+        if not os.fork():
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            ctypes.CDLL(None).prctl(15, b'{name}', 0, 0, 0)
+            time.sleep(100)
+        os.wait()
+    """)
     for rest, passes in (HONEST, True), ("time.sleep(100)", False), ("os._exit(0)", False):
-        assert (run(daemon + rest, timeout=2).status == "passed") == passes
+        assert (run(daemon + rest, timeout=1).status == "passed") == passes
         assert name not in names()
 
 
 def test_files_are_limited_and_go_with_the_run():
-    assert run("open('a', 'w').write('x')\nassert open('a').read() == 'x'\n"
-               + HONEST).status == "passed"
-    big = run("with open('big', 'wb') as f:\n    for i in range(100):\n        f.write(b'x' * (1 "
-              "<< 20))\n" + HONEST)
+    small = "open('a', 'w').write('x')\nassert open('a').read() == 'x'\n"
+    assert run(small + HONEST).status == "passed"
+    big = run("with open('big', 'wb') as f:\n    for i in range(100):\n"
+              "        f.write(b'x' * (1 << 20))\n" + HONEST)
     assert big.status == "failed" and ("File too large" in big.output or big.output == "")
 
 
@@ -278,9 +371,8 @@ def test_nothing_outside_is_written(namespaces, tmp_path):
     tmp_path.chmod(0o777)
     for place in (tmp_path, Path.home(), ROOT):
         outcome = run(f"open({str(place / 'written')!r}, 'w')\n" + HONEST)
-        assert outcome.status == "failed" and ("Read-only" in outcome.output
-                                               or "Permission" in outcome.output
-                                               or "No such file" in outcome.output)
+        assert outcome.status == "failed"
+        assert any(e in outcome.output for e in ("Read-only", "Permission", "No such file"))
         assert not (place / "written").exists()
 
 
@@ -288,7 +380,8 @@ def test_the_home_directory_is_hidden(namespaces):
     with tempfile.NamedTemporaryFile("w", dir=Path.home(), prefix="secret-") as secret:
         secret.write("3 6")
         secret.flush()
-        read = f"a, b = map(int, open({secret.name!r}).read().split())\ndef f(x):\n    return {{2: a, 5: b}}[x]"
+        read = (f"a, b = map(int, open({secret.name!r}).read().split())\n"
+                "def f(x):\n    return {2: a, 5: b}[x]")
         outcome = run(read)
         assert outcome.status == "failed" and "No such file" in outcome.output
         exec(compile(read, "here", "exec"), names := {})
@@ -297,51 +390,61 @@ def test_the_home_directory_is_hidden(namespaces):
 
 def test_other_processes_and_the_environment_are_not_seen(namespaces, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "abc")
-    look = "import os\nfound = [p for p in os.listdir('/proc') if p.isdigit()]\nprint(len(found), 'SECRET_TOKEN' in os.environ)\n"
-    # the first process, this one and perhaps the judge
+    look = ("import os\nfound = [p for p in os.listdir('/proc') if p.isdigit()]\n"
+            "print(len(found), 'SECRET_TOKEN' in os.environ)\n")
+    # The first process, this one and perhaps the tester.
     assert run(look + HONEST).output.split() in (["2", "False"], ["3", "False"])
 
 
 def test_there_is_no_network(namespaces):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        call = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)\n" + HONEST
+        port = server.getsockname()[1]
+        call = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\n" + HONEST
         outcome = run(call)
-        assert outcome.status == "failed" and ("unreachable" in outcome.output
-                                               or "refused" in outcome.output)
+        assert outcome.status == "failed"
+        assert "unreachable" in outcome.output or "refused" in outcome.output
         exec(compile(call, "here", "exec"), {})  # the same code connects from outside
 
 
 def test_no_privilege_is_left():
-    look = """
+    look = textwrap.dedent("""
         import os
-        status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
-        print(os.getuid(), int(status["CapEff"], 16), int(status["CapPrm"], 16), status["NoNewPrivs"])
-    """
-    uid, *rest = run(textwrap.dedent(look) + HONEST).output.split()
+        lines = open("/proc/self/status").read().splitlines()
+        status = dict(line.split(":\\t", 1) for line in lines)
+        caps = (int(status[name], 16) for name in ("CapEff", "CapPrm"))
+        print(os.getuid(), *caps, status["NoNewPrivs"])
+    """)
+    uid, *rest = run(look + HONEST).output.split()
     assert uid != "0" and rest == ["0", "0", "1"]
 
 
-def test_values_of_other_types_compare_as_they_would_in_one_process():
-    give = "import collections, enum, fractions\nN = collections.namedtuple('N', 'a b')\nE = enum.IntEnum('E', 'one two')\ndef f(x):\n    return {}"
-    same = {"collections.Counter('aab')": "{'a': 2, 'b': 1}", "collections.defaultdict(list, {1: "
-            "[2]})": "{1: [2]}", "N(1, [2])": "(1, [2])", "E.two": "2",
-            "{1.5, None, True}": "{1.5, None, True}", "1j": "1j", "range(3)": "range(3)",
-            "float('inf')": "float('inf')", "2 ** 5000": "2 ** 5000",
-            "b'\\0'": "b'\\0'", "[(), {}, 'é\\ud800']": "[(), {}, 'é\\ud800']",
-            "collections.deque([1]).copy().popleft()": "1"}
-    for value, want in same.items():
-        assert run(give.format(value),
-                   tests=f"def check(c):\n    assert c(0) == {want}\n").status == "passed", value
-    for value, want in {"range(3)": "[0, 1, 2]", "(1,)": "[1]", "iter([1])": "[1]", "f": "0",
-                        "None": "0"}.items():
-        assert run(give.format(value),
-                   tests=f"def check(c):\n    assert c(0) == {want}\n").status == "failed", value
+@pytest.mark.parametrize("value, want, status", [
+    ("collections.Counter('aab')", "{'a': 2, 'b': 1}", "passed"),
+    ("collections.defaultdict(list, {1: [2]})", "{1: [2]}", "passed"),
+    ("N(1, [2])", "(1, [2])", "passed"), ("E.two", "2", "passed"),
+    ("{1.5, None, True}", "{1.5, None, True}", "passed"), ("1j", "1j", "passed"),
+    ("range(3)", "range(3)", "passed"), ("float('inf')", "float('inf')", "passed"),
+    ("2 ** 5000", "2 ** 5000", "passed"), (r"b'\0'", r"b'\0'", "passed"),
+    (r"[(), {}, 'é\ud800']", r"[(), {}, 'é\ud800']", "passed"),
+    ("collections.deque([1]).copy().popleft()", "1", "passed"),
+    ("range(3)", "[0, 1, 2]", "failed"), ("(1,)", "[1]", "failed"), ("iter([1])", "[1]", "failed"),
+    ("f", "0", "failed"), ("None", "0", "failed")])
+def test_values_of_other_types_compare_as_they_would_in_one_process(value, want, status):
+    program = f"""
+        import collections, enum
+        N = collections.namedtuple('N', 'a b')
+        E = enum.IntEnum('E', 'one two')
+        def f(x):
+            return {value}"""
+    tests = f"def check(c):\n    assert c(0) == {want}\n"
+    assert run(program, tests=tests).status == status
 
 
 def test_given_names_are_there_for_the_tests_and_not_the_codes_own():
     tests = "def check(candidate):\n    assert candidate(helper(1)) == 3\n"
-    assert run("def helper(x):\n    return None\n" + HONEST, tests=tests, given="def helper(x):\n "
-               "   return x + 1\n").status == "passed"
+    given = "def helper(x):\n    return x + 1\n"
+    mine = "def helper(x):\n    return None\n" + HONEST
+    assert run(mine, tests=tests, given=given).status == "passed"
     assert run("def helper(x):\n    return 2\n" + HONEST, tests=tests).status == "failed"
 
 
@@ -351,6 +454,7 @@ def test_a_sandbox_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypa
         run(HONEST)
 
 
+@pytest.mark.slow
 def test_humaneval_solutions_pass():
     if not HUMANEVAL.exists():
         pytest.skip("no HumanEval here")
@@ -363,5 +467,5 @@ def test_humaneval_solutions_pass():
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(solve, problems))
-    assert len(problems) == 164 and [p["task_id"] for p, o in zip(problems, outcomes)
-                                     if o.status != "passed"] == []
+    assert len(problems) == 164
+    assert [p["task_id"] for p, o in zip(problems, outcomes) if o.status != "passed"] == []

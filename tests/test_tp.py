@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 
+from common import UserError
+
 import pytest
 import torch
+from helpers import random_model, save_checkpoint, tiny_config
 from safetensors import safe_open
+from test_generate import ROOT
 
 import tp
-from cli import UserError
-from helpers import random_model, save_checkpoint, tiny_config
+from checkpoint import load
 from model import ModelConfig
-from test_generate import ROOT
 
 DEMO = ROOT / "checkpoints" / "demo"
 PROMPT = json.loads((DEMO / "problems.jsonl").read_text().splitlines()[0])["prompt"]
@@ -85,7 +87,7 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
         read = tp.read_share(ModelConfig.from_dict(config))
         with safe_open(path, "pt") as f:
             shares.append({name: read(f, name) for name in f.keys()})
-        local = tp.load_share(tmp_path / "m", "cpu", torch.float32)
+        local = load(tmp_path / "m", "cpu", torch.float32, build=tp.share, read=read)
         assert {n: p.shape for n, p in local.named_parameters()} == {n: t.shape for n,
                                                                      t in shares[r].items()}
     for name, whole in model.named_parameters():
@@ -112,10 +114,11 @@ def test_what_does_not_divide_is_refused_before_a_weight_is_read(tmp_path, monke
                              "entries"),
                             ({"num_key_value_heads": 4, "vocab_size": 100, "intermediate_size": 98},
                              "98 feed-forward units")):
-        with pytest.raises(UserError, match=f"some/dir has {what}, which 4 processes cannot share"):
+        with pytest.raises(UserError, match=f"some/dir has {what}, not divisible by 4 processes"):
             tp.check(ModelConfig.from_dict(tiny_config(**overrides)), "some/dir")
     done = torchrun(ROOT / "generate.py", *ALONE, n=3)
-    assert done.returncode != 0 and "error: " in done.stderr and "which 3 processes cannot share" in done.stderr
+    assert done.returncode != 0 and "error: " in done.stderr
+    assert "not divisible by 3 processes" in done.stderr
     assert "warm-up" not in done.stderr
 
 
@@ -123,14 +126,14 @@ def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import generate, tp
-from cli import run
-original = generate.Engine.round
+import engine, generate, tp
+from common import run
+original = engine.Engine.round
 def round(self):
     if tp.rank() == 1 and len(self.tokens) > 60:
         raise RuntimeError("this rank has had enough")
     return original(self)
-generate.Engine.round = round
+engine.Engine.round = round
 run(generate.main)
 """)
     start = time.time()

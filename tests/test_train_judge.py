@@ -1,28 +1,32 @@
-"""Labels, offsets, the data format, the split, the features and their file, the fit, the
-calibration and the command line.
+"""train_judge.py and what it stands on: labels, offsets, the data format, the split, the features
+and their file, the fit, the calibration and the command line.
 """
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
-from pathlib import Path
+
+from common import UserError
 
 import pytest
+import test_tokenizer
 import torch
+from helpers import ROOT, random_model, run_command, save_checkpoint, tiny_config
 
-import judge as rules
+import quantize
 import train_judge
-from cli import UserError
-from helpers import random_model, save_checkpoint, tiny_config
-from judge import Judge
-from judge_report import auc
-from model import fingerprint
-from test_tokenizer import every, homes  # noqa: F401 (a fixture)
+from checkpoint import fingerprint
+from judge import JudgeHead, above_threshold
+from judge_data import features
+from judge_data.data import encode, label_tokens, read_data, split
+from judge_data.features import batches, hidden_states, made_of, read_features, save_features
+from judge_data.report import auc
 from tokenizer import Tokenizer
-from train_judge import batches, calibrate, curve_of, encode, features, fit, grid, label_tokens, made_of, read_data, read_features, save_features, split
+from train_judge import calibrate, curve_of, fit, grid
 
-ROOT = Path(__file__).parents[1]
+every, homes = test_tokenizer.every, test_tokenizer.homes
 
 
 def test_labels_by_hand():
@@ -37,11 +41,11 @@ def test_labels_by_hand():
     assert label_tokens([(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)], [1, 2]) == [1, 0, 0, 0]
 
 
-def test_labels_on_real_tokens_agree_with_bytes(homes):  # noqa: F811
+def test_labels_on_real_tokens_agree_with_bytes(homes):
     """Brute force: a token is wrong iff one of its bytes is a byte of the marked characters."""
     rng = random.Random(0)
-    texts = ["The answer is 52 apples.", "das wäre 日本語 und 👩‍👩‍👧 x", " x = 3*7\n    return é", "🎉",
-             "日本"]
+    texts = ["The answer is 52 apples.", "das wäre 日本語 und 👩‍👩‍👧 x",
+             " x = 3*7\n    return é", "🎉", "日本"]
     for t in every(homes):
         for text in texts:
             ids, offsets = t.encode_with_offsets(text, continuation=True)
@@ -53,8 +57,6 @@ def test_labels_on_real_tokens_agree_with_bytes(homes):  # noqa: F811
                 for i in ids:
                     lo, at = at, at + len(t.token_bytes(i))
                     if lo >= last:
-                        # a token that shares its first character with the error holds bytes of it
-                        # too, by characters
                         break
                     want.append(int(at <= first))
                 got = label_tokens(offsets, [start, end])
@@ -62,13 +64,12 @@ def test_labels_on_real_tokens_agree_with_bytes(homes):  # noqa: F811
 
 
 LINES = [
-    ("{", "line 2 is not JSON"), ("[1]", "line 2: 'prompt'"),
-    ('{"prompt": "p", "error": null}', "line 2: 'answer'"),
-    ('{"prompt": "p", "answer": "", "error": null}', "line 2: 'answer'"),
-    ('{"prompt": "p", "answer": "abc"}', "line 2: 'error' is missing"),
-    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "line 2: 'answer' holds half a "
-     "character"),
-    *((json.dumps({"prompt": "p", "answer": "abc", "error": e}), "line 2: 'error' is")
+    ("{", "not JSON"), ("[1]", "not a JSON object"),
+    ('{"prompt": "p", "error": null}', "'answer' must be a text"),
+    ('{"prompt": "p", "answer": "", "error": null}', "'answer' must be a text"),
+    ('{"prompt": "p", "answer": "abc"}', "'error' is missing"),
+    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "'answer' holds half a character"),
+    *((json.dumps({"prompt": "p", "answer": "abc", "error": e}), "'error' is")
       for e in ([1], [2, 1], [1, 1], [0, 4], [-1, 2], "x", [0.0, 1], True)),
 ]
 
@@ -78,16 +79,15 @@ def test_bad_lines_are_named(tmp_path, line, message):
     path = tmp_path / "d.jsonl"
     path.write_text('{"prompt": "p", "answer": "a", "error": null, "domain": "kept"}\n' + line
                     + "\n")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"d.jsonl, line 2: {message}"):
         read_data(path)
 
 
 def test_split_is_by_prompt_and_seeded():
     examples = [{"prompt": f"p{i % 10}"} for i in range(50)]
     held = split(examples, 0.3, seed=1)
-    assert held.sum() == 15 and all(held[i] == held[i % 10] for i in range(50))
-    assert torch.equal(held, split(examples, 0.3, seed=1)) and not torch.equal(
-        held, split(examples, 0.3, seed=2))
+    assert sum(held) == 15 and all(held[i] == held[i % 10] for i in range(50))
+    assert held == split(examples, 0.3, seed=1) != split(examples, 0.3, seed=2)
 
 
 def test_a_line_separator_in_a_text_is_no_line_end(tmp_path):
@@ -100,12 +100,10 @@ def test_a_line_separator_in_a_text_is_no_line_end(tmp_path):
 # ---------------------------------------------------------------- the head
 
 def planted(seed=0):
-    """Features of very different sizes, and labels with few negatives that one direction tells
-    apart.
-    """
+    """Features of very different sizes, and few negatives, which one direction separates."""
     torch.manual_seed(seed)
-    scale, shift, direction, z = torch.rand(16) * 10 + 0.1, torch.randn(16) * 5, torch.randn(
-        16), torch.randn(6000, 16)
+    scale, shift = torch.rand(16) * 10 + 0.1, torch.randn(16) * 5
+    direction, z = torch.randn(16), torch.randn(6000, 16)
     x, y = z * scale + shift, (z @ direction > -5).long()
     return x[:4000], y[:4000], x[4000:], y[4000:]
 
@@ -119,12 +117,13 @@ def test_fit_finds_a_planted_direction_and_scales_back():
     best = max(fits, key=lambda f: f.auc)
     for f in fits:
         assert f.weight.shape == (1, 16) and f.bias.shape == (1,) and f.epochs >= 1
-        assert auc(Judge(f.weight, f.bias, 0.5, "").scores(x_val),
-                   y_val) == pytest.approx(f.auc, abs=1e-5)
+        scores = JudgeHead(f.weight, f.bias, 0.5, "")(x_val)
+        assert auc(scores, y_val) == pytest.approx(f.auc, abs=1e-5)
     assert best.auc > 0.995
     again = fit(x, y, x_val, y_val, settings, 1e-2, 60, seed=0)
-    assert all(torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias) and a.epochs
-               == b.epochs for a, b in zip(fits, again))
+    for a, b in zip(fits, again):
+        assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
+        assert a.epochs == b.epochs
     lets_in = lambda f: int((x_val @ f.weight[0] + f.bias > 0).sum())
     light, heavy = fit(x, y, x_val, y_val, [(1.0, 0.01), (1000.0, 0.01)], 1e-2, 20, seed=0)
     assert lets_in(heavy) < lets_in(light)
@@ -144,18 +143,16 @@ def test_settings_trained_at_once_do_not_touch_each_other_and_are_adamw():
             optimizer.zero_grad()
             cost = torch.where(y[batch] == 0, negative_weight, 1.0)
             scores = (x[batch] - mean) / std @ w + b
-            (torch.nn.functional.binary_cross_entropy_with_logits(scores, y[batch].float(), cost,
-                                                                  reduction="sum")
-             / cost.sum()).backward()
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(
+                scores, y[batch].float(), cost, reduction="sum")
+            (loss / cost.sum()).backward()
             optimizer.step()
         torch.testing.assert_close(f.weight[0] * std, w.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(f.bias + f.weight @ mean, b.detach(), atol=1e-4, rtol=1e-3)
 
 
 def test_epochs_are_chosen_on_validation_tokens():
-    """With validation labels turned round, the longer it trains the worse: the first epoch is kept,
-    and training stops soon after.
-    """
+    """Inverted validation labels: training makes it worse, so an early epoch is kept."""
     x, y, x_val, y_val = planted(2)
     noisy = torch.where(torch.rand(len(y)) < 0.2, 1 - y, y)
     found = fit(x, noisy, x_val, 1 - y_val, [(1.0, 0.01)], 1e-3, 60, seed=0)[0]
@@ -164,8 +161,9 @@ def test_epochs_are_chosen_on_validation_tokens():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_calibration_by_brute_force(seed):
-    """No lower threshold, among all that tell two tokens apart, keeps the promise; with ties,
-    extreme scores and few errors.
+    """No lower threshold that separates two tokens keeps the promise.
+
+    With ties, extreme scores and few errors.
     """
     torch.manual_seed(seed)
     n = int(torch.randint(2, 120, ()))
@@ -175,34 +173,32 @@ def test_calibration_by_brute_force(seed):
     errors = scores[labels == 0]
     for share in (0, 0.01, 0.05, 0.29, 0.5, 0.999, 1):
         t = calibrate(scores, labels, share)
-        accepted = lambda t: rules.judge(errors, t).sum().item()
+        accepted = lambda t: above_threshold(errors, t).sum().item()
         assert 0 <= t <= 1 and accepted(t) / len(errors) <= share
-        below = [c for s in errors.tolist()
-                 if (c := math.nextafter(1 / (1 + math.exp(min(-s, 700))), 0)) < t
-                 - 1e-12] + [0.0] * (t > 0)
+        candidates = [math.nextafter(1 / (1 + math.exp(min(-s, 700))), 0) for s in errors.tolist()]
+        below = [c for c in candidates if c < t - 1e-12] + [0.0] * (t > 0)
         assert all(accepted(c) / len(errors) > share for c in below)
     curve = curve_of(scores, labels, 0.31)
-    assert 0.31 in [t for t, _, _ in curve] and curve[0][:2] == (0.0, 1.0) and list(
-        curve) == sorted(curve)
+    assert 0.31 in [t for t, _, _ in curve] and curve[0][:2] == (0.0, 1.0)
+    assert list(curve) == sorted(curve)
     assert all(a[1] >= b[1] for a, b in zip(curve, curve[1:]))
     for t, accepted, rejected in curve:
-        yes = [rules.judge(s, t).item() for s in scores]
-        assert accepted == pytest.approx(sum(a and not y for a, y in zip(yes, labels.tolist()))
-                                         / len(errors), abs=1e-6)
+        pairs = [(above_threshold(s, t).item(), y) for s, y in zip(scores, labels.tolist())]
+        wrong = sum(yes and not y for yes, y in pairs)
+        assert accepted == pytest.approx(wrong / len(errors), abs=1e-6)
         if (labels == 1).any():
-            assert rejected == pytest.approx(sum(y and not a for a, y in zip(yes, labels.tolist()))
-                                             / int(labels.sum()), abs=1e-6)
+            wrong = sum(y and not yes for yes, y in pairs)
+            assert rejected == pytest.approx(wrong / int(labels.sum()), abs=1e-6)
 
 
 def test_judge_file_keeps_its_curve_and_one_without_still_loads(tmp_path):
     curve = ((0.0, 1.0, 0.0), (0.25, 0.05, 0.125))
-    head = Judge(torch.randn(1, 8), torch.randn(1), 0.25, "abc", curve)
+    head = JudgeHead(torch.randn(1, 8), torch.randn(1), 0.25, "abc", curve)
     head.save(tmp_path / "j")
-    assert Judge.load(tmp_path / "j", 8, "abc", "t").curve == curve and Judge.load(
-        tmp_path / "j", 8, "abc", "t").to("cpu").curve == curve
-    Judge(head.weight, head.bias, 0.25, "abc").save(tmp_path / "old")
-    assert b"curve" not in (tmp_path / "old").read_bytes() and Judge.load(tmp_path / "old", 8,
-                                                                          "abc", "t").curve == ()
+    assert JudgeHead.load(tmp_path / "j", 8, "abc", "t").to("cpu").curve == curve
+    JudgeHead(head.weight, head.bias, 0.25, "abc").save(tmp_path / "old")
+    assert b"curve" not in (tmp_path / "old").read_bytes()
+    assert JudgeHead.load(tmp_path / "old", 8, "abc", "t").curve == ()
 
 
 # ---------------------------------------------------------------- features
@@ -211,46 +207,44 @@ EXAMPLES = [{"prompt": "the cat", "answer": " Hello 12 cats", "error": [7, 9]},
             {"prompt": "a", "answer": " cat", "error": None},
             {"prompt": "the the the cat", "answer": " Hello" * 9, "error": None},
             {"prompt": "Z", "answer": " 12345 the cat 🎉", "error": [15, 16]}]
-EXAMPLES = [e | {"where": f"d line {i}", "line": i} for i, e in enumerate(EXAMPLES, 1)]
+EXAMPLES = [e | {"where": f"d, line {i}", "line": i} for i, e in enumerate(EXAMPLES, 1)]
 
 
-# noqa: F811
 def test_batched_features_are_the_hidden_states_at_the_tokens_own_positions(homes, monkeypatch):
     """In any batches: as each answer read alone, in order."""
     for t in map(Tokenizer.from_dir, homes.values()):
         target = random_model(tiny_config(vocab_size=t.vocab_size))
         encoded, want = encode(t, EXAMPLES, 128), []
-        assert encoded[0].labels == label_tokens(t.encode_with_offsets(
-            " Hello 12 cats", continuation=True)[1], [7, 9]) and 0 in encoded[0].labels
+        _, offsets = t.encode_with_offsets(" Hello 12 cats", continuation=True)
+        assert encoded[0].labels == label_tokens(offsets, [7, 9]) and 0 in encoded[0].labels
         for e, example in zip(encoded, EXAMPLES):
-            prompt, answer = t.encode(example["prompt"]), t.encode_with_offsets(
-                example["answer"], continuation=True)[0]
-            assert e.ids == (prompt + answer)[:len(prompt) + len(e.labels)] and len(e.spans) == len(
-                e.labels)
-            hidden = target.features(torch.tensor([prompt + answer]),
-                                     torch.arange(len(prompt + answer)),
-                                     target.new_cache(len(prompt + answer)))[0]
-            want.append(hidden[len(prompt):len(prompt) + len(e.labels)])
+            prompt = t.encode(example["prompt"])
+            ids = prompt + t.encode(example["answer"], continuation=True)
+            end = len(prompt) + len(e.labels)
+            assert e.ids == ids[:end] and len(e.spans) == len(e.labels)
+            hidden = target.features(torch.tensor([ids]), torch.arange(len(ids)),
+                                     target.new_cache(len(ids)))[0]
+            want.append(hidden[len(prompt):end])
+        want = torch.cat(want)
         for size in (1, 40, 90, 4096):
-            monkeypatch.setattr(train_judge, "BATCH", size)
-            torch.testing.assert_close(features(target, encoded), torch.cat(want), atol=1e-4,
-                                       rtol=1e-4)
-        torch.testing.assert_close(features(target, encoded, torch.bfloat16),
-                                   torch.cat(want).bfloat16(), atol=0.05, rtol=0.02)
-    with pytest.raises(UserError, match="d line 1: prompt and answer have .* the context is 128"):
+            monkeypatch.setattr(features, "BATCH", size)
+            torch.testing.assert_close(hidden_states(target, encoded), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(hidden_states(target, encoded, torch.bfloat16),
+                                   want.bfloat16(), atol=0.05, rtol=0.02)
+    with pytest.raises(UserError, match="d, line 1: prompt and answer have .* the context is 128"):
         encode(t, [EXAMPLES[0] | {"answer": "cat " * 200}], 128)
 
 
 def test_batches_hold_every_answer_once_within_the_size(monkeypatch):
-    monkeypatch.setattr(train_judge, "BATCH", 100)
+    monkeypatch.setattr(features, "BATCH", 100)
     lengths = [random.Random(0).randrange(1, 130) for _ in range(50)] + [1] * 30
     groups = batches(lengths)
     assert sorted(i for g in groups for i in g) == list(range(80)) and len(groups) < 60
-    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 100
-               for g in groups) and max(lengths) == lengths[groups[0][0]]
+    assert all(len(g) == 1 or len(g) * max(lengths[i] for i in g) <= 100 for g in groups)
+    assert max(lengths) == lengths[groups[0][0]]
 
 
-def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, homes):  # noqa: F811
+def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, homes):
     t = Tokenizer.from_dir(homes["sp"])
     config, path, data = tiny_config(vocab_size=t.vocab_size), tmp_path / "f", tmp_path / "d.jsonl"
     one, two = (save_checkpoint(tmp_path / f"target{seed}", random_model(config, seed), config)
@@ -260,12 +254,11 @@ def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, hom
     assert torch.equal(read_features(path, made_of(encoded, one, "float32"), one, data, None),
                        hidden)
     other = encode(t, [*EXAMPLES[:3], EXAMPLES[3] | {"prompt": "z"}], 128)
-    for made, target, message in ((made_of(encoded, two, "float32"), two, "another target: the "
-                                   "target .*target2"),
-                                  (made_of(other, one, "float32"), one, "another data: the data "
-                                   ".*d.jsonl"),
-                                  (made_of(encoded[::-1], one, "float32"), one, "another data"),
-                                  (made_of(encoded, one, "bfloat16"), one, "another dtype")):
+    for made, target, message in (
+            (made_of(encoded, two, "float32"), two, "another target: the target .*target2"),
+            (made_of(other, one, "float32"), one, "another data: the data .*d.jsonl"),
+            (made_of(encoded[::-1], one, "float32"), one, "another data"),
+            (made_of(encoded, one, "bfloat16"), one, "another dtype")):
         with pytest.raises(UserError, match=f"--features {path} was made with {message}"):
             read_features(path, made, target, data, None)
     with pytest.raises(UserError, match="holds float32, --features_dtype is bfloat16"):
@@ -276,12 +269,11 @@ def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, hom
 
 # ---------------------------------------------------------------- command line
 
-def make_target(home, homes):  # noqa: F811
+def make_target(home, homes):
     t = Tokenizer.from_dir(homes["sp"])
     config = tiny_config(vocab_size=t.vocab_size)
     save_checkpoint(home / "target", random_model(config), config)
-    (home / "target" / "tokenizer.model").write_bytes(
-        (homes["sp"] / "tokenizer.model").read_bytes())
+    shutil.copy(homes["sp"] / "tokenizer.model", home / "target")
 
 
 def write_data(home):
@@ -300,9 +292,7 @@ def write_data(home):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Run the command line in this process; the later of two equal flags counts.
-
-    Gives what it printed.
+    """Run the command line in this process, return what it prints; of equal flags the last counts.
     """
     def call(*args):
         flags = ["--target", tmp_path / "target", "--data", tmp_path / "data.jsonl", "--device",
@@ -313,48 +303,50 @@ def train(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_command_line(tmp_path, homes, train):  # noqa: F811
+def test_command_line(tmp_path, homes, train):
     make_target(tmp_path, homes), write_data(tmp_path)
     out, page = tmp_path / "judge.safetensors", tmp_path / "report.html"
+    load = lambda: JudgeHead.load(out, 64, fingerprint(tmp_path / "target"), "t")
     printed = train("--report", page)
-    for word in ("120 answers, 60 prompts", "negative_weight", "chosen", "ROC AUC",
-                 "average precision", "false accepts", "the worst mistakes" if ">>" in printed
-                 else "no mistakes"):
-        assert word in printed
+    for words in ("120 answers, 60 prompts", "negative_weight", "chosen", "ROC AUC",
+                  "average precision", "false accepts",
+                  "the worst mistakes" if ">>" in printed else "no mistakes"):
+        assert words in printed
     assert float(printed.split("ROC AUC")[1].split("|")[1]) > 0.95
     first, first_page = out.read_bytes(), page.read_bytes()
-    head = Judge.load(out, 64, fingerprint(tmp_path / "target"), "t")
-    point = {t: (a, r) for t, a, r in head.curve}[head.threshold]
-    assert point[
-        0] <= 0.05 and f"Threshold {head.threshold:.4f}, the lowest that accepts at most 0.05" in printed
-    # seeded
-    assert train("--report", page) == printed and (out.read_bytes(),
-                                                   page.read_bytes()) == (first, first_page)
-    assert Judge.load(out, 64, head.target, "t").curve == head.curve
-
     assert "p 1" in first_page.decode() and str(tmp_path) not in first_page.decode()
-    strict, loose = (Judge.load(out, 64, head.target, "t").threshold for share in ("0", "0.9")
+    head = load()
+    accepted = {t: a for t, a, _ in head.curve}[head.threshold]
+    assert accepted <= 0.05
+    assert f"Threshold {head.threshold:.4f}, the lowest that accepts at most 0.05" in printed
+    # The same input gives the same bytes.
+    assert train("--report", page) == printed
+    assert (out.read_bytes(), page.read_bytes()) == (first, first_page)
+
+    strict, loose = (load().threshold for share in ("0", "0.9")
                      if train("--max_false_accept", share))
     assert strict >= head.threshold > loose
-    assert "set by hand" in train("--threshold", "0.7", "--negative_weight", "2", "--weight_decay",
-                                  "0")
-    assert Judge.load(out, 64, head.target, "t").threshold == 0.7 and 0.7 in [
-        t for t, _, _ in Judge.load(out, 64, head.target, "t").curve]
+    assert "set by hand" in train("--threshold", "0.7", "--negative_weight", "2",
+                                  "--weight_decay", "0")
+    assert load().threshold == 0.7 and 0.7 in [t for t, _, _ in load().curve]
     assert train("--exclude_domain", "a").startswith("60 answers, 30 prompts.")
     with pytest.raises(UserError, match="has the domains a, b; choose"):
         train("--exclude_domain", "c")
 
-    quantize = [sys.executable, ROOT / "quantize.py", "--checkpoint_dir", tmp_path / "target",
-                "--mode", "int8", "--out", tmp_path / "int8"]
-    subprocess.run(quantize, check=True, capture_output=True)
+
+def test_a_quantized_target_gets_a_judge_of_its_own(tmp_path, homes, train, monkeypatch):
+    make_target(tmp_path, homes), write_data(tmp_path)
+    run_command(monkeypatch, quantize, "--checkpoint_dir", tmp_path / "target", "--mode", "int8",
+                "--out", tmp_path / "int8")
     train("--target", tmp_path / "int8")
-    assert Judge.load(out, 64, fingerprint(tmp_path / "int8"), "t").target != head.target
+    name = fingerprint(tmp_path / "int8")
+    assert JudgeHead.load(tmp_path / "judge.safetensors", 64, name, "t").target == name
+    assert name != fingerprint(tmp_path / "target")
 
 
-# noqa: F811
 def test_features_file_spares_the_target_and_changes_no_byte(tmp_path, homes, train, monkeypatch):
     make_target(tmp_path, homes), write_data(tmp_path)
-    out, page, kept = tmp_path / "judge.safetensors", tmp_path / "report.html", tmp_path / "f.safetensors"
+    out, page = tmp_path / "judge.safetensors", tmp_path / "report.html"
     runs = {}
     with monkeypatch.context() as m:
         for dtype in ("float32", "bfloat16"):
@@ -362,10 +354,11 @@ def test_features_file_spares_the_target_and_changes_no_byte(tmp_path, homes, tr
             runs[dtype] = out.read_bytes(), page.read_bytes()
         train()
         assert out.read_bytes() == runs["float32"][0] != runs["bfloat16"][0]
-        assert (tmp_path / "bfloat16").stat().st_size < 0.6 * (tmp_path / "float32").stat().st_size
+        small, large = ((tmp_path / dtype).stat().st_size for dtype in ("bfloat16", "float32"))
+        assert small < 0.6 * large
         train("--exclude_domain", "a")
         without_a = out.read_bytes()
-        m.setattr(train_judge, "features", lambda *args: pytest.fail("the target ran again"))
+        m.setattr(train_judge, "hidden_states", lambda *args: pytest.fail("the target ran again"))
         for dtype in runs:
             train("--features", tmp_path / dtype, "--report", page)
             assert (out.read_bytes(), page.read_bytes()) == runs[dtype]
@@ -375,10 +368,9 @@ def test_features_file_spares_the_target_and_changes_no_byte(tmp_path, homes, tr
     (tmp_path / "data.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     with pytest.raises(UserError, match="float32 was made with another data"):
         train("--features", tmp_path / "float32")
-    assert not kept.exists()
 
 
-def test_bad_input(tmp_path, homes, train):  # noqa: F811
+def test_bad_input(tmp_path, homes, train):
     make_target(tmp_path, homes)
     good = [{"prompt": f"p {i}", "answer": " the cat", "error": None} for i in range(9)]
     for lines, args, message in (
@@ -386,13 +378,13 @@ def test_bad_input(tmp_path, homes, train):  # noqa: F811
              "to learn to reject"),
             (good + [{"prompt": "p 1", "answer": " a", "error": [0, 2]}], (),
              "part of .*data.jsonl has no error tokens; a judge needs both there"),
-            ([g | {"error": [0, 4]} for g in good], (), "the training part of .* has no correct "
-             "tokens"),
+            ([g | {"error": [0, 4]} for g in good], (),
+             "the training part of .* has no correct tokens"),
             (good[:1], (), "one prompt only"), ([], (), "holds no examples"),
             (good, ("--threshold", "2"), "--threshold is 2"),
             (good, ("--threshold", "0.5", "--max_false_accept", "0.1"), "give one of them"),
             (good, ("--max_false_accept", "-1"), "--max_false_accept is -1"),
-            (good, ("--features_dtype", "float32"), "--features file; name one"),
+            (good, ("--features_dtype", "float32"), "--features_dtype requires --features"),
             (good, ("--weight_decay", "-1"), "--weight_decay is -1"),
             (good, ("--report", tmp_path / "judge.safetensors"), "must be different files"),
             (good, ("--features", tmp_path / "no" / "f"), "is not a directory"),
@@ -404,12 +396,11 @@ def test_bad_input(tmp_path, homes, train):  # noqa: F811
         assert not (tmp_path / "judge.safetensors").exists()
 
 
-def test_bad_input_from_the_shell(tmp_path, homes):  # noqa: F811
+def test_bad_input_from_the_shell(tmp_path, homes):
     make_target(tmp_path, homes)
     (tmp_path / "data.jsonl").write_text('{"prompt": "p", "answer": "abc", "error": [2, 1]}\n')
     done = subprocess.run([sys.executable, ROOT / "train_judge.py", "--target", tmp_path / "target",
                            "--data", tmp_path / "data.jsonl", "--out", tmp_path / "j"],
                           capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith(
-        "error: ") and "data.jsonl line 1: 'error' is [2, 1]" in done.stderr and done.stderr.count(
-            "\n") == 1
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'data.jsonl'}, line 1: 'error' is [2, 1]")

@@ -1,11 +1,10 @@
-"""Triton kernels for a few rows times a quantized weight: what a verification of K + 1 tokens needs
-on a GPU.
+"""Triton kernels for a few rows times a quantized weight, as in verifying K + 1 tokens on a GPU.
 
-Up to MAX_ROWS rows are read in one tile, so a weight crosses the memory bus once however many rows
-there are, as bytes, and is widened in registers. Where the outputs alone would leave processors
+Up to MAX_ROWS rows are read in one tile: a weight crosses the memory bus once, as bytes, however
+many rows there are, and is widened in registers. Where the outputs alone would leave processors
 idle, the inputs are split among programs too: the ops return float32 [splits, rows, out], and the
-sum, which a compiled model fuses into what follows, is the product. More rows are bound by
-arithmetic and belong in a plain matrix product.
+sum over the splits, which a compiled model fuses into what follows, is the product. More rows are
+bound by arithmetic and belong in a plain matrix product.
 """
 import torch
 import triton
@@ -13,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_ROWS = 64
-# outputs of a program: as many as rows or more, else reading x again and again from L2 costs more
-# than the weight
+# Outputs of a program. Not fewer than rows: reading x again and again from L2 would cost more than
+# the weight.
 BLOCK_N = 64
 BLOCK_K = 128  # inputs read at a time by the int8 kernel; int4 reads a group at a time
-# about four for each of a large GPU's processors, enough loads in flight to fill its memory bus
+# About four for each of a large GPU's processors: enough loads in flight to fill its memory bus.
 PROGRAMS = 512
 
 
@@ -34,20 +33,19 @@ def int8_kernel(x_ptr, w_ptr, scale_ptr, y_ptr, M, N, K, SPLITS: tl.constexpr,
         w = tl.load(w_rows + at, mask=(n[:, None] < N) & (at < K), other=0)
         acc += tl.dot(x, w.to(x.dtype).T, input_precision="ieee")
     acc *= tl.load(scale_ptr + n, mask=n < N, other=0)[None, :]
-    tl.store(y_ptr + (split * M + m[:, None]) * N + n[None, :], acc, mask=(m[:, None] < M)
-             & (n[None, :] < N))
+    tl.store(y_ptr + (split * M + m[:, None]) * N + n[None, :], acc,
+             mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 @triton.jit
 def int4_kernel(x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, M, N, K, SPLITS: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                HALF: tl.constexpr):
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr):
     split, m, k = tl.program_id(1), tl.arange(0, BLOCK_M), tl.arange(0, HALF)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     groups = K // (2 * HALF)
     n_rows = n.to(tl.int64)
-    x_rows, w_rows = x_ptr + m[:, None] * K + k[None, :], w_ptr + n_rows[:, None] * (K // 2) + k[
-        None, :]
+    x_rows = x_ptr + m[:, None] * K + k[None, :]
+    w_rows = w_ptr + n_rows[:, None] * (K // 2) + k[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for g in range(split, groups, SPLITS):
         first = tl.load(x_rows + 2 * HALF * g, mask=m[:, None] < M, other=0)
@@ -56,18 +54,18 @@ def int4_kernel(x_ptr, w_ptr, scale_ptr, zero_ptr, y_ptr, M, N, K, SPLITS: tl.co
         low, high = (w & 15).to(tl.int8) - 8, (w >> 4).to(tl.int8) - 8
         scale = tl.load(scale_ptr + n_rows * groups + g, mask=n < N, other=0).to(tl.float32)
         zero = tl.load(zero_ptr + n_rows * groups + g, mask=n < N, other=0).to(tl.float32)
-        # The small integers are exact in bfloat16: scaling the group's sum instead of each weight
-        # is exacter and cheaper.
+        # Small integers are exact in bfloat16, so scaling the group's sum instead of each weight is
+        # more exact, and cheaper.
         part = tl.dot(first, low.to(first.dtype).T, input_precision="ieee")
         part = tl.dot(second, high.to(first.dtype).T, part, input_precision="ieee")
         total = tl.sum(first.to(tl.float32) + second.to(tl.float32), axis=1)
         acc += part * scale[None, :] + total[:, None] * zero[None, :]
-    tl.store(y_ptr + (split * M + m[:, None]) * N + n[None, :], acc, mask=(m[:, None] < M)
-             & (n[None, :] < N))
+    tl.store(y_ptr + (split * M + m[:, None]) * N + n[None, :], acc,
+             mask=(m[:, None] < M) & (n[None, :] < N))
 
 
 def splits(n_out: int, steps: int) -> int:
-    """Among how many programs the `steps` along the inputs are split."""
+    """How many programs share the `steps` along the inputs."""
     return max(1, min(steps, PROGRAMS // triton.cdiv(n_out, BLOCK_N)))
 
 
@@ -78,8 +76,9 @@ def block_rows(rows: int) -> int:
 
 @torch.library.custom_op("judge::int8_parts", mutates_args=())
 def int8_parts(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [M, in], weight int8 [out, in], scale float32 [out] -> float32 [splits, M, out], whose sum
-    is x @ (weight * scale).T.
+    """x [M, in], weight int8 [out, in], scale float32 [out] -> float32 [splits, M, out].
+
+    The sum over the splits is x @ (weight * scale).T.
     """
     (M, K), N = x.shape, len(weight)
     s = splits(N, triton.cdiv(K, BLOCK_K))
@@ -98,8 +97,9 @@ def _(x, weight, scale):
 
 @torch.library.custom_op("judge::int4_parts", mutates_args=())
 def int4_parts(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x [M, in], the tensors of linear.Int4Linear -> float32 [splits, M, out], whose sum is the
-    product.
+    """x [M, in], the tensors of linear.Int4Linear -> float32 [splits, M, out].
+
+    The sum over the splits is the product.
     """
     (M, K), (N, groups) = x.shape, scale.shape
     s = splits(N, groups)
@@ -116,9 +116,7 @@ def _(x, weight, scale, zero):
 
 
 def int8_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x [M, in] times int8 [out, in] with float32 scales [out], M <= MAX_ROWS -> [M, out] in x's
-    dtype.
-    """
+    """x [M, in] times int8 [out, in] with scales [out], M <= MAX_ROWS -> [M, out] in x's dtype."""
     return int8_parts(x, weight, scale).sum(0).to(x.dtype)
 
 

@@ -1,85 +1,95 @@
-"""What eval.py shows of saved answers: rates with their intervals, the comparison with the target,
-tables and the picture. No model.
+"""What eval.py shows of saved answers: rates with intervals, tables, the picture. No model.
 
 An answer is a dict with rule, id, domain, right, how, tokens, seconds, rounds and accepted.
 Speed-up, won and lost are over the problems that both the rule and the target have answered.
 Intervals are Wilson's; the comparison is McNemar's exact test, two-sided. Neither says anything of
 problems unlike these.
 """
+import itertools
 import math
 from collections import Counter
 from pathlib import Path
 
-from cli import replacing
+from common import replacing
 
 PLAIN = ("target", "draft")  # rules without rounds of drafts
-COLORS = {"topk": "#e07b39", "typical": "#7a5ba6", "kl": "#3a9188", "judge": "#c2274b"}
+COLORS = dict.fromkeys((*PLAIN, "standard"), "0.25") | {
+    "topk": "#e07b39", "typical": "#7a5ba6", "kl": "#3a9188", "judge": "#c2274b"}
+PALETTE = ("#2f6db5", "#8f8122", "#c45fa0", "#4f9d3a", "#7a5230", "#2aa5c9")  # for any other rule
+MARKERS = {"target": "s", "draft": "D", "standard": "^"}
 
 
 def wilson(right: int, n: int, z=1.959963984540054) -> tuple[float, float]:
-    """The 95% interval of a share `right` of `n` (Wilson 1927): unlike the normal one it stays in
-    [0, 1] and has a width at 0 and 1.
+    """The 95% interval of a share `right` of `n` (Wilson 1927).
+
+    Unlike the normal one it stays in [0, 1] and has a width at 0 and 1.
     """
     p, z2 = right / n, z * z
     middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    # p is inside, but for rounding
-    return min(p, max(0.0, (middle - half) / (1 + z2 / n))), max(
-        p, min(1.0, (middle + half) / (1 + z2 / n)))
+    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # p is inside, but for rounding
 
 
 def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p-value: how likely a fair coin splits the won + lost problems at least as
-    unevenly as this.
+    """Exact two-sided p-value of McNemar's test.
+
+    The probability that a fair coin splits the won + lost problems at least as unevenly as this.
     """
     n = won + lost
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(won, lost) + 1)) / 2**n)
 
 
 def speed(rows) -> float | None:
-    """tokens/s of decoding: the first token of an answer comes from the prefill, which is not
-    timed.
-    """
+    """tokens/s of decoding, without each answer's first token: the prefill is not timed."""
     seconds = sum(r["seconds"] for r in rows)
-    return sum(len(r["tokens"]) - 1 for r in rows) / seconds if seconds else None
+    return made(rows) / seconds if seconds else None
+
+
+def made(rows) -> int:
+    """Tokens that the rounds made: all but the first of each answer."""
+    return sum(len(r["tokens"]) - 1 for r in rows)
 
 
 def measure(rule: str, rows: dict, target: dict) -> dict:
     """The numbers of a rule from its answers {id: answer} and the target's."""
-    every, both = list(rows.values()), rows.keys() & target.keys()
+    every, both = list(rows.values()), [i for i in rows if i in target]
     n, right, rounds = len(every), sum(r["right"] for r in every), sum(r["rounds"] for r in every)
     fast, base = speed([rows[i] for i in both]), speed([target[i] for i in both])
     drafts = rule not in PLAIN and rounds > 0
-    won, lost = (sum(a[i]["right"] and not b[i]["right"] for i in both) for a,
-                 b in ((rows, target), (target, rows)))
+    won = sum(rows[i]["right"] and not target[i]["right"] for i in both)
+    lost = sum(target[i]["right"] and not rows[i]["right"] for i in both)
     return {
         "n": n, "right": right, "accuracy": right / n, "interval": wilson(right, n),
         "tokens_per_sec": speed(every),
         "speed_up": fast / base if fast and base else None,
         "mean_accepted": sum(r["accepted"] for r in every) / rounds if drafts else None,
-        "tokens_per_round": sum(len(r["tokens"]) - 1 for r in every) / rounds if drafts else None,
-        "against_target": None if rule == "target" or not both
-        else {"n": len(both), "won": won, "lost": lost, "p": mcnemar(won, lost)},
+        "tokens_per_round": made(every) / rounds if drafts else None,
+        "against_target": None if rule == "target" or not both else {
+            "n": len(both), "won": won, "lost": lost, "p": mcnemar(won, lost)},
         "how": {how: {"n": count, "right": sum(r["right"] for r in every if r["how"] == how)}
                 for how, count in Counter(r["how"] for r in every).items()},
     }
 
 
 def summarise(answers: dict, settings: dict) -> dict:
-    """results.json: the numbers of every rule, in all and by domain, and whether standard gave the
-    target's tokens. answers {(rule, id): answer}.
+    """results.json, from answers {(rule, id): answer}.
+
+    The numbers of every rule, in all and by domain, and whether standard gave the target's tokens.
     """
     by = {rule: {i: a for (r, i), a in answers.items() if r == rule} for rule in settings["rules"]}
     by = {rule: rows for rule, rows in by.items() if rows}
     inside = lambda rows, domain: {i: a for i, a in rows.items() if a["domain"] == domain}
-    domains = dict.fromkeys(a["domain"] for a in answers.values())
     target = by.get("target", {})
+    domains = {}
+    for d in dict.fromkeys(a["domain"] for a in answers.values()):
+        parts = {rule: part for rule, rows in by.items() if (part := inside(rows, d))}
+        domains[d] = {rule: measure(rule, part, inside(target, d)) for rule, part in parts.items()}
     both = [i for i in by.get("standard", {}) if i in target]
     different = [i for i in both if by["standard"][i]["tokens"] != target[i]["tokens"]]
     return {
-        "settings": settings, "rules": {rule: measure(rule, rows, target) for rule,
-                                        rows in by.items()},
-        "domains": {d: {rule: measure(rule, part, inside(target, d)) for rule, rows in by.items()
-                        if (part := inside(rows, d))} for d in domains},
+        "settings": settings,
+        "rules": {rule: measure(rule, rows, target) for rule, rows in by.items()},
+        "domains": domains,
         "standard_equals_target": {"same": len(both) - len(different), "of": len(both),
                                    "different": different} if both else None,
     }
@@ -90,10 +100,10 @@ def summarise(answers: dict, settings: dict) -> dict:
 def table(rows: list[list[str]]) -> str:
     """A Markdown table, its columns padded so that it reads well on a terminal too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.rjust(w) if i else cell.ljust(w) for i,
-                               (cell, w) in enumerate(zip(row, widths))) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i,
-                                               w in enumerate(widths)) + "|", *lines[1:]])
+    pad = lambda i, cell: cell.rjust(widths[i]) if i else cell.ljust(widths[i])
+    lines = [f"| {' | '.join(pad(i, cell) for i, cell in enumerate(row))} |" for row in rows]
+    rule = "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths))
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
 def shown(value, form) -> str:
@@ -101,8 +111,8 @@ def shown(value, form) -> str:
 
 
 def main_table(rules: dict) -> str:
-    rows = [["rule", "right", "accuracy", "95% interval", "tokens/s", "speed-up", "accepted per "
-             "round", "tokens per round"]]
+    rows = [["rule", "right", "accuracy", "95% interval", "tokens/s", "speed-up",
+             "accepted per round", "tokens per round"]]
     for rule, m in rules.items():
         rows.append([rule, f"{m['right']}/{m['n']}", f"{m['accuracy']:.1%}",
                      "{:.1%} to {:.1%}".format(*m["interval"]),
@@ -113,14 +123,18 @@ def main_table(rules: dict) -> str:
 
 
 def verdict(r: dict) -> str | None:
-    """The sentence on whether the standard rule gave the target's tokens, as at temperature 0 it
-    must but for rounding.
+    """The sentence on whether the standard rule gave the target's tokens.
+
+    At temperature 0 it must, but for rounding.
     """
     if not (s := r["standard_equals_target"]):
         return None
-    line = f"standard equals the target token for token on {s['same']} of {s['of']} problems ({r['settings']['dtype']})"
-    return line if not s[
-        "different"] else f"{line}; it differs on {', '.join(s['different'][:5])}{', ...' if len(s['different']) > 5 else ''}"
+    line = (f"standard equals the target token for token on {s['same']} of {s['of']} problems "
+            f"({r['settings']['dtype']})")
+    if not s["different"]:
+        return line
+    more = ", ..." if len(s["different"]) > 5 else ""
+    return f"{line}; it differs on {', '.join(s['different'][:5])}{more}"
 
 
 def markdown(r: dict) -> str:
@@ -138,23 +152,22 @@ def markdown(r: dict) -> str:
     if paired := {rule: m["against_target"] for rule, m in rules.items() if m["against_target"]}:
         parts.append("Against the target, problem by problem: right where it is wrong (won), "
                      "wrong where it is right (lost), McNemar's exact p-value.")
-        parts.append(table([["rule", "won", "lost", "p"]]
-                           + [[rule, str(m["won"]), str(m["lost"]), f"{m['p']:.3g}"] for rule,
-                              m in paired.items()]))
+        parts.append(table([["rule", "won", "lost", "p"], *(
+            [rule, str(m["won"]), str(m["lost"]), f"{m['p']:.3g}"] for rule, m in paired.items())]))
     hows = sorted({how for m in rules.values() for how in m["how"]})
     if len(hows) > 1:
         parts.append("How the answers were scored, and how many of these were right:")
-        cell = lambda m, how: f"{m['how'][how]['n']} ({m['how'][how]['right']})" if how in m[
-            "how"] else "0"
-        parts.append(table([["rule", *hows]] + [[rule, *(cell(m, how) for how in hows)] for rule,
-                                                m in rules.items()]))
+        cell = lambda h: f"{h['n']} ({h['right']})" if h else "0"
+        parts.append(table([["rule", *hows], *(
+            [rule, *(cell(m["how"].get(how)) for how in hows)] for rule, m in rules.items())]))
     return "\n\n".join(filter(None, [*parts, verdict(r)])) + "\n"
 
 
 # ---------------------------------------------------------------- picture
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in one number without losing in the other, from slow to fast.
+    """The Pareto front, from slow to fast: the points that no other beats in both numbers, or in
+    one with the other equal.
     """
     best, kept = -math.inf, []
     for x, y in sorted(points, reverse=True):
@@ -163,42 +176,46 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
+def colors(names) -> dict[str, str]:
+    """A colour for each rule name: COLORS', and the palette's in turn for rules added later."""
+    palette = itertools.cycle(PALETTE)
+    return {name: COLORS.get(name) or next(palette) for name in dict.fromkeys(names)}
+
+
 def plot(r: dict, path: Path) -> str | None:
-    """Accuracy against speed-up, a curve for each rule over its parameter, the Pareto front behind;
-    a sentence instead if it cannot be drawn.
+    """Draw accuracy against speed-up, a curve for each rule over its parameter, the Pareto front
+    behind; returns a sentence instead if that cannot be drawn.
     """
     try:
         import matplotlib
     except ImportError:
-        return f"no {path.name}: it needs matplotlib; pip install matplotlib, then --rescore draws it"
-    points = {rule: (m["speed_up"], m["accuracy"], m["interval"]) for rule, m in r["rules"].items()
-              if m["speed_up"]}
+        return (f"no {path.name}: it needs matplotlib; pip install matplotlib, then --rescore "
+                "draws it")
+    points = {rule: m for rule, m in r["rules"].items() if m["speed_up"]}
     if not points:
         return f"no {path.name}: speed-up needs the rule target"
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, ax = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
-    xs, ys = zip(*front([p[:2] for p in points.values()]))
+    xs, ys = zip(*front([(m["speed_up"], m["accuracy"]) for m in points.values()]))
     ax.plot(xs, ys, "o-", color="0.86", lw=7, ms=17, zorder=1, label="Pareto front")
-    for family in dict.fromkeys(rule.partition(":")[0] for rule in points):
-        # faster is looser
-        curve = sorted((p, rule) for rule, p in points.items() if rule.partition(":")[0] == family)
-        x, y = [p[0] for p, _ in curve], [p[1] for p, _ in curve]
-        bars = [[p[1] - p[2][0] for p, _ in curve], [p[2][1] - p[1] for p, _ in curve]]
-        color, marker = COLORS.get(family, "0.25"), {"target": "s", "draft": "D",
-                                                     "standard": "^"}.get(family, "o")
-        ax.errorbar(x, y, bars, fmt=f"{marker}-", color=color, ms=6, lw=1.8, elinewidth=0.8,
-                    label=family, zorder=2)
-        for p, rule in curve:
+    name = lambda rule: rule.partition(":")[0]
+    for family, color in colors(map(name, points)).items():
+        curve = sorted((m["speed_up"], m["accuracy"], *m["interval"], rule)
+                       for rule, m in points.items() if name(rule) == family)
+        x, y, low, high, rules = zip(*curve)  # by speed-up: faster is looser
+        bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+        ax.errorbar(x, y, bars, fmt=f"{MARKERS.get(family, 'o')}-", color=color, ms=6, lw=1.8,
+                    elinewidth=0.8, label=family, zorder=2)
+        for at, rule in zip(zip(x, y), rules):
             parameter = rule.partition(":")[2] or ("default" if len(curve) > 1 else "")
-            ax.annotate(parameter, p[:2], xytext=(6, 5), textcoords="offset points", fontsize=8.5,
+            ax.annotate(parameter, at, xytext=(6, 5), textcoords="offset points", fontsize=8.5,
                         color=color)
     ax.set_xlabel("speed-up over the target alone")
     ax.set_ylabel("accuracy, with 95% intervals")
     s = r["settings"]
-    ax.set_title(f"{s['task']}: "
-                 f"{' drafts for '.join(filter(None, (s['draft_name'], s['target_name'])))}\nK = "
-                 f"{s['speculate_k']}, {s['dtype']}, {s['device']}",
+    names = " drafts for ".join(filter(None, (s["draft_name"], s["target_name"])))
+    ax.set_title(f"{s['task']}: {names}\nK = {s['speculate_k']}, {s['dtype']}, {s['device']}",
                  fontsize=10.5)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,12 +1,11 @@
-"""Runs model-written Python against trusted tests, and tells a pass that cannot be faked by the way
-the program ends.
+"""Runs model-written Python against trusted tests; how the program ends cannot fake a pass.
 
-The code and the tests never share a process. A *candidate* process runs the code; a *judge* process
-runs the tests, and what it calls there is a stand-in that sends the arguments to the candidate and
-takes back plain values (numbers, strings, lists, dicts, ...). So an os._exit(0), a patched assert,
-an __eq__ that is always true, or a `check` of the code's own cannot pass, nor can the code find the
+The code and the tests never share a process. A *candidate* process runs the code. A *tester*
+process runs the tests and calls a stand-in, which sends the arguments to the candidate and takes
+back plain values (numbers, strings, lists, dicts, ...). So an os._exit(0), a patched assert, an
+__eq__ that is always true, or a `check` of the code's own cannot pass, nor can the code find the
 tests in its process, its files or its arguments; a benchmark's own file, if it may read that, is
-another matter. The tests see what the code returns, and not what it does to its arguments in place.
+another matter. The tests see what the code returns, not what it does to its arguments in place.
 
 What holds where Linux gives namespaces (`Outcome.isolation` says which): no network; all files
 read-only but a small empty directory; the home directory hidden; no other process visible; every
@@ -38,16 +37,19 @@ from dataclasses import dataclass
 if sys.platform == "linux":  # elsewhere this file can be imported, and refuses to run
     import resource
 
-# bytes and counts
-MEMORY, FILE_SIZE, DISK, PROCESSES, FILES, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 32, 64, 64 << 10
-# seconds beyond the timeout after which the whole sandbox is given up: a busy machine starts it
-# slowly
+MEMORY, FILE_SIZE, DISK, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 64 << 10  # bytes
+PROCESSES, FILES = 32, 64
+# Seconds beyond the timeout after which the whole sandbox is given up: a busy machine is slow to
+# start it.
 PATIENCE = 30
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_NODEV_NOSUID, MS_BIND_REC, MS_PRIVATE_REC, MNT_DETACH = 2 | 4, 4096 | 16384, (1 << 18) | 16384, 2
 STATUSES = "passed", "failed", "timed out"
-NAMESPACES, LIMITS = "namespaces", "limits only: no namespaces here, so the network and this user's files are open to the code"
+NAMESPACES = "namespaces"
+LIMITS = ("limits only: no namespaces here, so the network and this user's files are open to the "
+          "code")
 
 
 @dataclass
@@ -59,35 +61,33 @@ class Outcome:
 
 def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0,
                given: str = "") -> Outcome:
-    """Run `program`, then `check(program's entry_point)` of the trusted `tests`, in at most
-    `timeout` seconds.
+    """Run `program`, then `check(program's entry_point)` of the trusted `tests`.
 
-    given: trusted code whose names the tests may use. Raises UserError where the sandbox itself
-    cannot run.
+    timeout: seconds for both. given: trusted code whose names the tests may use. Raises UserError
+    where the sandbox itself cannot run.
     """
-    from cli import UserError  # here, because `python -I` runs this file without its directory
+    from common import UserError  # here: `python -I` runs this file and finds none of ours
 
     if sys.platform != "linux":
         raise UserError("model-written code is run on Linux only; score these answers there, or "
                         "in a container")
-    with tempfile.TemporaryDirectory(prefix="sandbox-",
-                                     ignore_cleanup_errors=True) as directory, tempfile.TemporaryFile() as request:
+    with (tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
+          tempfile.TemporaryFile() as request):
         head = json.dumps(dict(program=program, entry_point=entry_point, timeout=timeout,
                                directory=directory,
                                home=os.path.realpath(os.path.expanduser("~")))).encode()
-        request.write(len(head).to_bytes(8, "little") + head
-                      + json.dumps(dict(tests=tests, entry_point=entry_point,
-                                        given=given)).encode())
+        rest = json.dumps(dict(tests=tests, entry_point=entry_point, given=given)).encode()
+        request.write(len(head).to_bytes(8, "little") + head + rest)
         request.seek(0)
         env = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": directory, "TMPDIR": directory,
                "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        # some Pythons do not start without
-        env |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+        if "LD_LIBRARY_PATH" in os.environ:  # some Pythons do not start without it
+            env["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         verdict, w = os.pipe()
         process = None
         try:
-            process = subprocess.Popen([sys.executable, "-I", "-u", os.path.abspath(__file__),
-                                        str(w)], stdin=request, stdout=subprocess.PIPE,
+            command = [sys.executable, "-I", "-u", os.path.abspath(__file__), str(w)]
+            process = subprocess.Popen(command, stdin=request, stdout=subprocess.PIPE,
                                        stderr=subprocess.STDOUT, env=env, cwd=directory,
                                        pass_fds=[w], start_new_session=True)
             os.close(w)
@@ -102,15 +102,13 @@ def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0
                 process.stdout.close()
             os.close(verdict)
     if not lines or lines[0] in STATUSES:  # no word from the candidate before it ran any code
-        raise UserError("the sandbox did not start: "
-                        f"{(output.strip().splitlines() or ['it was killed'])[-1]}")
+        why = (output.strip().splitlines() or ["it was killed"])[-1]
+        raise UserError(f"the sandbox did not start: {why}")
     return Outcome(lines[1] if len(lines) > 1 else "failed", output, lines[0])
 
 
 def _listen(verdict, stdout, deadline):
-    """(the lines that the sandbox reports, the output), reading both as they come and keeping only
-    OUTPUT bytes of the output.
-    """
+    """(the lines that the sandbox reports, the first OUTPUT bytes of the output)."""
     said, output, out = b"", b"", stdout.fileno()
     os.set_blocking(out, False)
     while said.count(b"\n") < 2 and (left := deadline - time.monotonic()) > 0:
@@ -129,7 +127,7 @@ def _listen(verdict, stdout, deadline):
     return said.decode().splitlines(), output.decode(errors="replace")
 
 
-# ---------------------------------------------------------------- from here on in the sandbox's own processes
+# ---------------------------------------------------------------- in the sandbox's own processes
 
 libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -140,14 +138,14 @@ def _call(name, *args):
 
 
 def _main():
-    """Make the namespaces and be, or start, the process that watches over the run."""
+    """Make the namespaces, then watch over the run, in this process or in a child."""
     verdict = int(sys.argv[1])
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     with open("/proc/self/oom_score_adj", "w") as f:
         f.write("1000")  # if memory runs out, this goes first
     size = int.from_bytes(os.read(0, 8), "little")
     head = b""
-    # not a byte more: the tests follow, and must not be in the candidate's memory
+    # Not a byte more: the tests follow, and must not be in the candidate's memory.
     while len(head) < size:
         head += os.read(0, size - len(head))
     request, uid = json.loads(head), 2_000_000_000 + os.getpid()
@@ -158,14 +156,15 @@ def _main():
         os.waitpid(pid, 0)
     else:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-        _watch(request, verdict, uid,
-               ", ".join([NAMESPACES, *_mount(request["directory"], request["home"])]))
+        mounted = _mount(request["directory"], request["home"])
+        _watch(request, verdict, uid, ", ".join([NAMESPACES, *mounted]))
     os._exit(0)
 
 
 def _isolate(uid) -> bool:
-    """Leave the system's network and, for children, its processes and mounts; whether the system
-    allows that.
+    """Leave the system's network and, for children, its processes and mounts.
+
+    False where the system does not allow that.
     """
     flags, root = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC, os.getuid() == 0
     if root:
@@ -173,8 +172,7 @@ def _isolate(uid) -> bool:
             _call("unshare", flags)
             return True
         os.setegid(uid)
-        # a user namespace of root's would still be root's to the limit on processes
-        os.seteuid(uid)
+        os.seteuid(uid)  # the limit on processes takes a user namespace of root's for root
     ids = os.geteuid(), os.getegid()
     try:
         _call("unshare", flags | CLONE_NEWUSER)
@@ -184,8 +182,8 @@ def _isolate(uid) -> bool:
             os.setegid(0)
         return False
     _call("prctl", PR_SET_DUMPABLE, 1)  # else the files below are root's
-    for name, text in ("setgroups", "deny"), ("uid_map", f"{ids[0]} {ids[0]} 1"), (
-            "gid_map", f"{ids[1]} {ids[1]} 1"):
+    for name, text in {"setgroups": "deny", "uid_map": f"{ids[0]} {ids[0]} 1",
+                       "gid_map": f"{ids[1]} {ids[1]} 1"}.items():
         with open(f"/proc/self/{name}", "w") as f:
             f.write(text)
     os.setresgid(ids[1], ids[1], ids[1])
@@ -194,12 +192,15 @@ def _isolate(uid) -> bool:
 
 
 def _mount(directory, home):
-    """Hide the home directory and other processes, make everything read-only but `directory`; what
-    of that worked.
+    """Hide the home directory and other processes; make all but `directory` read-only.
+
+    Returns what of that worked, in words.
     """
     done = []
-    mount = lambda source, target, kind, flags, data=None: _call("mount", source.encode(),
-                                                                 target.encode(), kind, flags, data)
+
+    def mount(source, target, kind, flags, data=None):
+        _call("mount", source.encode(), target.encode(), kind, flags, data)
+
     with contextlib.suppress(OSError):
         mount("none", "/", None, MS_PRIVATE_REC)
         if home != "/" and os.path.isdir(home):
@@ -228,27 +229,27 @@ def _mount(directory, home):
 
 
 def _watch(request, verdict, uid, isolation):
-    """Start candidate and judge, wait for the judge, report, and leave no process behind."""
-    # the candidate, where it has the same user id, must not reach into this or the judge
+    """Start candidate and tester, wait for the tester, report, and leave no process behind."""
+    # The candidate, where it has the same user id, must not reach into this or the tester.
     _call("prctl", PR_SET_DUMPABLE, 0)
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1)
     (calls, w), (r, results) = os.pipe(), os.pipe()
     if not os.fork():
         _run_apart(_candidate, request, uid, isolation, verdict, calls, results)
     os.close(calls), os.close(results)
-    if not (judge := os.fork()):
+    if not (tester := os.fork()):
         os.close(verdict)
-        _run_apart(_judge, w, r)
+        _run_apart(_tester, w, r)
     os.close(w), os.close(r)
-    over = select.select([os.pidfd_open(judge)], [], [], request["timeout"])[0]
-    passed = over and os.waitpid(judge, 0)[1] == 0
+    over = select.select([os.pidfd_open(tester)], [], [], request["timeout"])[0]
+    passed = over and os.waitpid(tester, 0)[1] == 0
     if isolation == LIMITS:
         _kill_children()
     os.write(verdict, b"passed\n" if passed else b"failed\n" if over else b"timed out\n")
 
 
 def _kill_children(seconds=5):
-    """Kill children until none lives; those of a dead child become ours, as we are the subreaper.
+    """Kill children until none lives; those of a dead child become ours: we are the subreaper.
 
     The dead are reaped last: until then they count against the limit on processes, so a fork bomb
     cannot replace them.
@@ -257,7 +258,7 @@ def _kill_children(seconds=5):
     while time.monotonic() < deadline:
         with open(f"/proc/self/task/{os.getpid()}/children") as f:
             children = f.read().split()
-        # twice the same dead: one that died since the list was read may have left us new ones
+        # Twice the same dead: one that died since the list was read may have left us new ones.
         if not alive and children == before:
             break
         before, alive = children, False
@@ -284,9 +285,7 @@ def _run_apart(main, *args):
 
 
 def _candidate(request, uid, isolation, verdict, calls, results):
-    """Give up every privilege, say that the sandbox stands, run the code, then answer the judge's
-    calls.
-    """
+    """Give up every privilege, report the isolation, run the code, answer the tester's calls."""
     os.setsid()
     devnull = os.open(os.devnull, os.O_RDONLY)
     for old, new in (devnull, 0), (verdict, 62), (calls, 60), (results, 61):  # 0 had the tests
@@ -302,16 +301,16 @@ def _candidate(request, uid, isolation, verdict, calls, results):
     _call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-    for limit, value in (resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS,
-                                                     MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), \
-            (resource.RLIMIT_NPROC, PROCESSES), (resource.RLIMIT_NOFILE,
-                                                 FILES), (resource.RLIMIT_CORE, 0):
+    for limit, value in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, MEMORY),
+                         (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_NPROC, PROCESSES),
+                         (resource.RLIMIT_NOFILE, FILES), (resource.RLIMIT_CORE, 0)):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     if not os.access(os.__file__, os.R_OK):
-        os.write(2, f"as root the code runs as another user, who cannot read {os.__file__}; "
-                 "install Python where others can, or do not be root\n".encode())
+        message = (f"as root the code runs as another user, who cannot read {os.__file__}; install "
+                   "Python where others can, or do not be root\n")
+        os.write(2, message.encode())
         os._exit(1)
     os.write(62, isolation.encode() + b"\n")
     os.close(62)
@@ -323,7 +322,7 @@ def _candidate(request, uid, isolation, verdict, calls, results):
         while True:
             try:
                 args, kwargs = pickle.load(calls)
-            except EOFError:  # the judge has finished
+            except EOFError:  # the tester has finished
                 return
             try:
                 reply = _plain((True, function(*args, **kwargs)))
@@ -339,8 +338,9 @@ KNOWN = {("builtins", t.__name__): t for t in PLAIN}
 
 
 def _plain(value) -> bytes:
-    """The value pickled as built-in types: a Counter as the dict that it equals, a NumPy number as
-    a number; others are an error.
+    """The value pickled as built-in types; a type that is none of them is an error.
+
+    A Counter becomes the dict that it equals, a NumPy number a number.
     """
     class Pickler(pickle.Pickler):
         def reducer_override(self, x):
@@ -352,8 +352,11 @@ def _plain(value) -> bytes:
             if kind is None:
                 raise TypeError("the tests can receive built-in values only, not a "
                                 f"{type(x).__name__}")
-            return kind, (list(x) if kind in (list, tuple, set, frozenset) else dict(x)
-                          if kind is dict else kind.__add__(x, kind()),)
+            if kind is dict:
+                return kind, (dict(x),)
+            if kind in (list, tuple, set, frozenset):
+                return kind, (list(x),)
+            return kind, (kind.__add__(x, kind()),)
 
     data = io.BytesIO()
     Pickler(data, 4).dump(value)
@@ -361,21 +364,19 @@ def _plain(value) -> bytes:
 
 
 class _Values(pickle.Unpickler):
-    """Built-in values only: a pickle that names anything else is refused, so nothing of the
-    candidate's acts in the judge.
-    """
+    """Reads built-in values only, so that nothing of the candidate's acts in the tester."""
 
     def find_class(self, module, name):
         return KNOWN[module, name]
 
 
-def _judge(calls, results):
+def _tester(calls, results):
     """Run the trusted tests on a stand-in for the candidate's function; returning is the pass."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with open(0, "rb") as f:
         request = json.load(f)
     calls, results = open(calls, "wb"), open(results, "rb")
-    # wait until the candidate stands: a test that fails at once must not end the run before that
+    # Wait until the candidate stands: a test that fails at once must not end the run before that.
     if not results.read(1):
         os._exit(1)
 

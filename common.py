@@ -1,0 +1,297 @@
+"""What every script stands on: user errors, JSON files, files that are whole or absent, the answer
+log, and safetensors files. Imports none of our other files.
+"""
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+try:
+    import fcntl
+except ImportError:  # Windows: an answer log is not locked there
+    fcntl = None
+
+# Nothing here needs NumPy, and PyTorch warns where it is not installed.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+
+
+class UserError(Exception):
+    """A user error; the message says how to fix it."""
+
+
+def run(main):
+    """Call `main()`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+    """
+    interrupted = False
+
+    def interrupt(*_):
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    # A background shell has its children ignore SIGINT.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        main()
+    except BaseException as e:
+        if interrupted:  # torch's C++ sometimes turns a KeyboardInterrupt into another error
+            sys.exit(130)
+        if not isinstance(e, UserError):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def refuse(*cases: tuple[object, str]):
+    """Raise a UserError with the message of the first (condition, message) whose condition holds.
+    """
+    for bad, message in cases:
+        if bad:
+            raise UserError(message)
+
+
+# ---------------------------------------------------------------- writing
+
+def check_writable(path):
+    """Refuse an output path that cannot be written, before the work whose result belongs there."""
+    path = Path(path)
+    refuse(
+        (not path.parent.is_dir(),
+         f"cannot write {path}: {path.parent} is not a directory; make it first"),
+        (not os.access(path.parent, os.W_OK),
+         f"cannot write {path}: no permission to write in {path.parent}; choose another place"),
+        (path.is_dir(), f"cannot write {path}: it is a directory; name a file, or remove it"))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path` (a file or a directory to be made).
+
+    It is renamed to `path` on success and removed on failure.
+    """
+    path = Path(path)
+    check_writable(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield tmp
+        os.replace(tmp, path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    finally:
+        if tmp.is_dir():
+            shutil.rmtree(tmp)
+        else:
+            tmp.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+    """Replace a file by UTF-8 text, whole or not at all."""
+    with replacing(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- reading
+
+def read_json(path) -> dict:
+    """The object in a JSON file; raises UserError naming the file."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object")
+        return value
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+
+
+def read_bytes(path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def file_hash(path) -> str:
+    """16 hex digits of a file's SHA-256."""
+    return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+
+
+class Line(NamedTuple):
+    """One line of a JSON Lines file."""
+    where: str  # "FILE, line N", for messages
+    value: dict
+    start: int  # bytes [start, end) in the file, its line end included
+    end: int
+
+    @property
+    def number(self) -> int:
+        return int(self.where.rsplit(" ", 1)[1])
+
+
+def json_lines(path, holding: str | None = None, torn=lambda tail: False) -> list[Line]:
+    """The objects of a JSON Lines file, blank lines left out.
+
+    Takes UTF-8 with or without a BOM, LF or CRLF, gzip, and U+2028 inside strings. Raises UserError
+    naming file and line; with `holding` ("examples") also for a file that holds none. An unfinished
+    last line is left out where `torn(bytes)` says that a killed run can have left it.
+    """
+    data = read_bytes(path)
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError):
+            raise UserError(f"cannot read {path}: it is not whole gzipped text") from None
+    lines, end = [], 0
+    for number, raw in enumerate(data.split(b"\n"), 1):  # not splitlines, which cuts at U+2028 too
+        start, end = end, end + len(raw) + 1
+        where = f"{path}, line {number}"
+        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if not text.strip():
+            continue
+        try:
+            value = json.loads(text.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8 text") from None
+        except ValueError:
+            if end > len(data) and torn(raw):
+                break
+            raise UserError(f"{where}: not JSON") from None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: not a JSON object")
+        lines.append(Line(where, value, start, end))
+    if holding and not lines:
+        raise UserError(f"{path} holds no {holding}")
+    return lines
+
+
+def open_weights(path, device="cpu"):
+    """safe_open, memory-mapped, tensors made on `device`; a damaged file is named in a UserError.
+    """
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{path} is damaged or truncated ({e}); fetch it again") from None
+
+
+# ---------------------------------------------------------------- the answer log
+
+class AnswerLog:
+    """A JSON Lines file to which a run appends; the same command resumes from it after any kill.
+
+    `append` and `pop` return when the change is on disk. The file, and `settings` at `about`, are
+    made with the first line, so a run that is refused before leaves nothing behind. An unfinished
+    last line is cut off where `torn(bytes)` says that it is ours.
+    """
+
+    def __init__(self, path: Path, settings: dict | None = None, about: Path | None = None,
+                 torn=lambda tail: True):
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
+        self.path, self.settings, self.about, self.fd = path, settings, about, None
+        self.size = path.stat().st_size if path.exists() else 0  # when it was read
+        self.lines = json_lines(path, torn=torn) if path.exists() else []
+
+    @property
+    def values(self) -> list[dict]:
+        return [line.value for line in self.lines]
+
+    def open(self):
+        """Lock the file and cut off an unfinished last line."""
+        try:
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            if fcntl:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                directory = os.open(self.path.parent, os.O_RDONLY)
+                os.fsync(directory)  # the name of a new file is on disk too
+                os.close(directory)
+            if os.fstat(self.fd).st_size != self.size:  # its new lines must not be cut off
+                raise UserError(f"{self.path} was changed by another run meanwhile; start again")
+            if self.end() <= os.fstat(self.fd).st_size:
+                self.cut(self.end())
+            else:
+                self.write(b"\n")
+        except BlockingIOError:
+            raise UserError(f"{self.path} is in use by another run; stop that one, or name another "
+                            "--out") from None
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}") from None
+
+    def close(self):
+        if self.fd is not None:
+            self.size = os.fstat(self.fd).st_size
+            os.close(self.fd)
+            self.fd = None
+
+    def end(self) -> int:
+        return self.lines[-1].end if self.lines else 0
+
+    def cut(self, end: int):
+        os.ftruncate(self.fd, end)
+        os.fsync(self.fd)
+
+    def write(self, data: bytes):
+        if os.write(self.fd, data) != len(data):
+            raise OSError(None, "no room for the whole line")
+        os.fsync(self.fd)
+
+    def append(self, value: dict):
+        if self.fd is None:
+            self.open()
+            if self.about:
+                write_json(self.about, self.settings)
+        # ASCII: a raw U+2028 would end the line for many readers.
+        start, data = self.end(), json.dumps(value).encode() + b"\n"
+        try:
+            self.write(data)
+        except OSError:
+            self.cut(start)
+            raise
+        where = f"{self.path}, line {len(self.lines) + 1}"
+        self.lines.append(Line(where, value, start, start + len(data)))
+
+    def pop(self):
+        self.cut(self.lines[-1].start)
+        self.lines.pop()
+
+    def remove(self):
+        self.close()
+        for path in filter(None, (self.path, self.about)):
+            path.unlink(missing_ok=True)
+
+
+def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=()) -> dict:
+    """The settings that the log `answers` was made with, or {} if there is none yet.
+
+    Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
+    in `optional` only where both sides have a value.
+    """
+    if not about.exists():
+        if answers.exists() and answers.stat().st_size:
+            raise UserError(f"{answers} is there without {about.name}, so how it was made is "
+                            "unknown; take another --out")
+        return {}
+    saved = read_json(about)
+    unknown = {k for k in optional if None in (saved.get(k), now.get(k))}
+    changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items()
+               if key not in ignored and key not in unknown and saved.get(key) != value]
+    if changed:
+        raise UserError(f"{answers} was made with other settings: {'; '.join(changed)}. Take "
+                        "another --out, or remove this one")
+    return saved

@@ -1,0 +1,352 @@
+"""The speculative loop, for one text at a time. The target alone is the same loop with K = 0.
+
+`play_round` is a round: K drafted tokens, one target pass that returns logits and the judge's
+scores together, the longest accepted prefix and one token of the target's own. State stays on the
+device and shapes never change; the host waits for the device once a round, to read the outcome.
+"""
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+from common import refuse
+
+import torch
+from torch import Tensor
+
+import judge
+from judge import RULES, JudgeHead, Verified
+from model import Cache, Transformer
+
+PREFILL_CHUNK = 1024  # prompt tokens read in one pass; bounds the memory of the attention mask
+SPAN = 256  # shortest cache and attention span: below it costs little, and each size is compiled
+
+
+def power_of_two(length: int) -> int:
+    """The smallest power of two, from SPAN, that is at least `length`."""
+    return max(SPAN, 1 << (length - 1).bit_length())
+
+
+class State(NamedTuple):
+    """Where the text stands, int64 on the device: what a round starts from."""
+    last: Tensor  # [2]: the last two tokens; the target has not read the last one yet
+    length: Tensor  # [1]: tokens so far
+    room: Tensor  # [1]: drafted tokens that the next round may keep
+
+
+class Outcome(NamedTuple):
+    """What a round made of K drafted tokens, and the state it left."""
+    accepted: Tensor  # [1]: how many were accepted
+    own: Tensor  # [1]: the target's own token after them
+    drafted: Tensor  # [K]
+    passed: Tensor  # [K]: which of them passed the standard test
+    state: State
+
+
+def pack(o: Outcome) -> Tensor:
+    """An outcome as one int64 tensor [2K + 6], for the host to read in one synchronisation."""
+    return torch.cat((o.accepted, o.own, o.drafted, o.passed.long(), *o.state))
+
+
+def unpack(packed, k: int) -> Outcome:
+    """The inverse of `pack`, for a tensor (giving views) or its list."""
+    return Outcome(packed[:1], packed[1:2], packed[2:2 + k], packed[2 + k:-4],
+                   State(packed[-4:-2], packed[-2:-1], packed[-1:]))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a round depends on beside tensors; a compiled round is compiled for these values."""
+    accept: str  # a key of RULES, or "target"
+    parameter: float | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return judge.probabilities(logits, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def needs_draft_logits(self) -> bool:
+        return self.temperature > 0 or RULES[self.accept].needs_draft_logits
+
+
+def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
+    """The next token of logits [..., V], int64 [...]; noise [..., V] as `judge.sample` takes it."""
+    return logits.argmax(-1) if s.temperature == 0 else judge.sample(s.probabilities(logits), noise)
+
+
+def play_round(e: "Engine", span: int):
+    """One round on the device, from e.outcome to e.outcome; attention looks at `span` positions."""
+    k, s, state = e.speculate_k, e.settings, unpack(e.outcome, e.speculate_k).state
+
+    # 1. draft: K tokens, and the logits they come from where acceptance compares them
+    drafted, draft_logits = state.last[:0], None
+    if k:
+        drafted, draft_logits = e.drafter.propose(state, k, span, s, e.noise(k))
+        drafted = e.agree(drafted)
+
+    uniform = e.uniform(k)
+    outcome, tokens, pos, hidden = e.verify_and_accept(
+        e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform, e.noise(1))
+    e.outcome.copy_(e.agree(outcome))
+    if k and e.drafter.wants_hidden:
+        e.drafter.read(tokens, pos, hidden, span)
+
+
+def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache, s: Settings,
+                      state: State, drafted: Tensor, draft_logits: Tensor | None,
+                      uniform: Tensor | None, noise: Tensor | None):
+    """The target's part of a round, compiled as one graph: the judge is part of the target's pass.
+
+    drafted [K], draft_logits [K, V], uniform [K], noise [1, V] -> the packed outcome, and the
+    tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
+    """
+    # 2. verify and judge: one pass over the last token and the drafted ones
+    tokens = torch.cat((state.last[1:], drafted))
+    pos = state.length - 1 + torch.arange(len(tokens), device=tokens.device)
+    logits, hidden = (t[0] for t in target(tokens[None], pos, cache))
+    scores = None if head is None else head(hidden[1:])
+
+    # 3. accept: the longest prefix that the standard test or the rule lets in
+    v = Verified(logits[:-1], hidden[1:], drafted, draft_logits, scores)
+    accepted, own, passed = accept(v, logits, state.room, s, uniform, noise)
+
+    # 4. next state: the text ends with the accepted tokens and the target's own
+    state = next_state(state, drafted, accepted, own)
+    return pack(Outcome(accepted, own, drafted, passed, state)), tokens, pos, hidden
+
+
+def accept(v: Verified, logits: Tensor, room: Tensor, s: Settings, uniform: Tensor | None,
+           noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens to keep [1], at most `room`; the target's token after them [1]; what passed the
+    standard test [K]. logits [K + 1, V].
+    """
+    if not len(v.drafted):
+        return torch.zeros_like(room), choose(logits, s, noise), v.drafted
+    if s.temperature == 0:
+        passed = judge.top1_match(v.logits, v.drafted)
+    else:
+        p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
+        passed = judge.rejection_test(p[:-1], q, v.drafted, uniform)
+    mask = judge.accept_mask(passed, v, s.accept, s.parameter)
+    n = torch.minimum(mask.long().cumprod(0).sum()[None], room)  # the run of True from the front
+    if s.temperature == 0:
+        return n, logits.index_select(0, n).argmax(-1), passed
+    # Where all that may be kept was kept, the next token was never tested: the residual is p.
+    q = torch.cat((q, torch.zeros_like(p[:1]))).index_select(0, n) * (n < room)[:, None]
+    return n, judge.sample(judge.residual(p.index_select(0, n), q), noise), passed
+
+
+def next_state(state: State, drafted: Tensor, accepted: Tensor, own: Tensor) -> State:
+    """The state after a round that kept `accepted` [1] of the drafted tokens and added `own`."""
+    last = torch.cat((state.last[1:], drafted)).index_select(0, accepted)
+    return State(torch.cat((last, own)), state.length + accepted + 1, state.room - accepted - 1)
+
+
+class Drafter:
+    """What proposes tokens, on the device and in shapes that no value changes; subclass it."""
+    context = math.inf  # positions that it can read
+    wants_hidden = False  # True: `read` is called after every round too, not for the prompt only
+
+    def new_cache(self, length: int):
+        """Make room for `length` positions; what was read stays."""
+
+    def read(self, tokens: Tensor, pos: Tensor, hidden: Tensor, span: int):
+        """Take in tokens [S] at pos [S], with the target's states at them, hidden [S, D].
+
+        After a round: its last token and all K drafted; of the rejected, the positions come again.
+        """
+
+    def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
+        """Tokens [k] to follow the text, and the logits [k, V] they were chosen from.
+
+        Without s.needs_draft_logits these may be None. noise [k, V] when sampling.
+        """
+        raise NotImplementedError  # every drafter has its own
+
+
+def draft_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: Cache, s: Settings,
+               noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Read tokens [S] at pos [S]: the next token [1] and its logits [1, V]."""
+    logits = model(tokens[None], pos, cache)[0][0, -1:]
+    return choose(logits, s, noise), logits
+
+
+def draft_steps(step, model: Transformer, cache: Cache, state: State, k: int, s: Settings,
+                noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`Drafter.propose` of a Llama, one `step` after the other; `step` is draft_step, or compiled.
+
+    The first step reads the last two tokens. After a round that accepted all K the draft has not
+    read the last but one, after any other it reads it again: the same work whatever the outcome.
+    """
+    tokens, pos = state.last, state.length + torch.arange(-2, 0, device=state.last.device)
+    drafted, logits = [], []
+    for i in range(k):
+        tokens, row = step(model, tokens, pos, cache, s, None if noise is None else noise[i:i + 1])
+        pos = pos[-1:] + 1
+        drafted.append(tokens)
+        logits.append(row)
+    return torch.cat(drafted), torch.cat(logits) if s.needs_draft_logits else None
+
+
+class LlamaDrafter(Drafter):
+    """A small Llama as the draft. Its own drafting fills its cache, so it reads prompts only."""
+
+    def __init__(self, model: Transformer):
+        self.model, self.context, self.cache = model, model.config.max_seq_len, None
+        self.step, self.steps = draft_step, draft_steps
+
+    def new_cache(self, length: int):
+        self.cache = self.model.new_cache(length, grown_from=self.cache)
+
+    def read(self, tokens, pos, hidden, span):
+        self.model.features(tokens[None], pos, self.cache.first(span))
+
+    def propose(self, state, k, span, s, noise):
+        return self.steps(self.step, self.model, self.cache.first(span), state, k, s, noise)
+
+
+class Engine:
+    """Target, drafter and judge with their caches; all have read `read_len` of the text `tokens`.
+
+    accept: a key of RULES; parameter: the rule's, by default the table's or the head's.
+    """
+
+    def __init__(self, target: Transformer, drafter: Drafter | None = None,
+                 head: JudgeHead | None = None, accept="standard", parameter: float | None = None,
+                 speculate_k=16, temperature=0.0, top_k=None, top_p=None, seed=0):
+        self.target, self.drafter, self.device = target, drafter, target.norm.weight.device
+        self.accept, self.speculate_k = (accept, speculate_k) if drafter else ("target", 0)
+        rule = RULES[accept]
+        self.head = head.to(self.device) if rule.needs_judge and drafter else None
+        parameter = rule.parameter_for(parameter, self.head) if drafter else None
+        self.settings = Settings(self.accept, parameter, temperature, top_k, top_p)
+        self.rng = torch.Generator(self.device).manual_seed(seed)
+        self.context = min(target.config.max_seq_len, drafter.context if drafter else math.inf)
+        self.cache, self.tokens, self.read_len, self.capacity = None, [], 0, 0
+        size = 2 * self.speculate_k + 6
+        self.outcome = torch.zeros(size, dtype=torch.long, device=self.device)  # packed
+        self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
+        self.agree = lambda t: t  # under tensor parallelism: rank 0's t for all ranks
+
+    def reserve(self, length: int):
+        """Room for `length` tokens and a round's drafts after them; what was read stays."""
+        length += self.speculate_k
+        if length > self.capacity:
+            self.capacity = min(self.context + self.speculate_k, power_of_two(length))
+            self.cache = self.target.new_cache(self.capacity, grown_from=self.cache)
+            if self.drafter:
+                self.drafter.new_cache(self.capacity)
+
+    def span(self, length: int) -> int:
+        """Positions that a pass up to `length` attends to: a power of two, so few shapes occur."""
+        return min(self.capacity, power_of_two(length))
+
+    def read(self, start: int) -> Tensor:
+        """Feed tokens[start:] to target and drafter; the last hidden state [1, 1, D]."""
+        for i in range(start, len(self.tokens), PREFILL_CHUNK):
+            ids = torch.tensor(self.tokens[i:i + PREFILL_CHUNK], device=self.device)
+            end = i + len(ids)
+            pos, span = torch.arange(i, end, device=self.device), self.span(end)
+            hidden = self.target.features(ids[None], pos, self.cache.first(span))
+            if self.drafter:
+                self.drafter.read(ids, pos, hidden[0], span)
+        return hidden[:, -1:]
+
+    def prefill(self, prompt: list[int], room: int) -> int:
+        """Read what the caches lack of the prompt; the first new token. room: tokens to come."""
+        same = (i for i, (a, b) in enumerate(zip(prompt, self.tokens)) if a != b)
+        kept = next(same, min(len(prompt), len(self.tokens)))
+        self.tokens = list(prompt)
+        self.reserve(len(prompt) + room)
+        hidden = self.read(min(kept, self.read_len, len(prompt) - 1))
+        self.read_len = len(prompt)
+        logits = self.target.output(hidden)[0]
+        self.tokens.append(int(self.agree(choose(logits, self.settings, self.noise(1)))))
+        self.set_state(room - 2)
+        return self.tokens[-1]
+
+    def set_state(self, room: int):
+        """Copy the last tokens and the position to the device; the next round may keep `room`."""
+        state = [*self.tokens[-2:], len(self.tokens), room]
+        self.outcome[-4:].copy_(torch.tensor(state))
+
+    def noise(self, rows: int) -> Tensor | None:
+        """What `judge.sample` draws with, float32 [rows, V]; None when greedy."""
+        if self.settings.temperature:  # not inside what is compiled, which would draw otherwise
+            x = torch.empty(rows, self.target.config.vocab_size, device=self.device)
+            return x.exponential_(generator=self.rng)
+
+    def uniform(self, k: int) -> Tensor | None:
+        if self.settings.temperature and k:
+            return torch.rand(k, device=self.device, generator=self.rng)
+
+    def round(self) -> tuple[int, list[int], list[str]]:
+        """One round: (drafted tokens accepted, new tokens, their sources); they join `tokens`."""
+        n, k = len(self.tokens), self.speculate_k
+        self.play(self, self.span(n + k))
+        o = unpack(self.outcome.tolist(), k)  # the round's one synchronisation
+        a = o.accepted[0]
+        sources = ["draft" if ok else self.accept for ok in o.passed[:a]] + ["target"]
+        self.tokens += o.drafted[:a] + o.own
+        self.read_len = n + min(a, max(k - 1, 0))  # a Llama draft has not read its last token
+        return a, o.drafted[:a] + o.own, sources
+
+
+@dataclass
+class Result:
+    """One generation, in the shape of the --json contract."""
+    accept: str
+    prompt_tokens: int
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    seconds: float = 0.0  # of the rounds: no load, no prefill
+    tokens_per_sec: float = 0.0  # of the rounds' tokens: all but the first, the prefill's
+    rounds: int = 0
+    accept_counts: list[int] = field(default_factory=list)  # [K + 1]: rounds that accepted i tokens
+    mean_accepted: float = 0.0
+    tokens_per_round: float = 0.0
+    sources: list[str] = field(default_factory=list)
+
+    def json(self):
+        speculation = "rounds", "accept_counts", "mean_accepted", "tokens_per_round", "sources"
+        return {k: v for k, v in asdict(self).items()
+                if self.accept != "target" or k not in speculation}
+
+
+@torch.inference_mode()
+def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(),
+             on_tokens=lambda tokens, sources: None, stop=lambda token: False) -> Result:
+    """Continue `prompt` by up to `max_new_tokens` tokens, to EOS (kept) or the context's end.
+
+    `on_tokens(tokens, sources)` is called after each round with its new tokens. `stop(token)` is
+    asked of every new token in turn: True ends the text with it, as EOS does. Raises UserError for
+    a prompt that leaves no room.
+    """
+    context, room = engine.context, min(max_new_tokens, engine.context - len(prompt))
+    why = " (its sliding_window; attention beyond it is not implemented)" if (
+        engine.target.config.sliding_window == context) else ""
+    refuse((not prompt, "the prompt has no tokens; give some text"),
+           (room < 1, f"the prompt has {len(prompt)} tokens and the context {context}{why}; "
+            "shorten the prompt"))
+    result = Result(engine.accept, len(prompt), accept_counts=[0] * (engine.speculate_k + 1))
+    accepted, tokens, sources = None, [engine.prefill(prompt, room)], ["target"]
+    start = time.perf_counter()
+    while True:
+        end = next((i for i, t in enumerate(tokens, 1) if stop(t) or t in eos_ids), None)
+        result.tokens += tokens[:end]
+        result.sources += sources[:end]
+        on_tokens(tokens[:end], sources[:end])
+        if accepted is not None:
+            result.accept_counts[min(accepted, end or accepted)] += 1
+        if end or len(result.tokens) >= room:
+            break
+        accepted, tokens, sources = engine.round()
+    result.seconds = time.perf_counter() - start
+    result.rounds, made = sum(result.accept_counts), len(result.tokens) - 1
+    if result.rounds:
+        result.tokens_per_round, result.tokens_per_sec = made / result.rounds, made / result.seconds
+        total = sum(i * c for i, c in enumerate(result.accept_counts))
+        result.mean_accepted = total / result.rounds
+    return result

@@ -1,0 +1,53 @@
+"""Our weights as a transformers model, to run Hugging Face's `generate` as it ships (eager, dynamic
+cache) beside ours. For benchmark.py and tests; needs transformers.
+"""
+import torch
+import transformers
+
+from checkpoint import source_shapes
+from linear import dense
+from model import Transformer
+
+
+def to_hf(model: Transformer, config: dict):
+    """transformers' model of the same architecture on the same weights.
+
+    They are views of ours where these are not packed for the CPU, else copies.
+    """
+    kind = getattr(transformers, config["architectures"][0])
+    hf_config = kind.config_class(**config | {"eos_token_id": None, "pad_token_id": 0})
+    with torch.device("meta"):
+        theirs = kind(hf_config)
+    state, ours = {}, model.state_dict()
+    for name, shapes in source_shapes(model.config).items():
+        parts = dense(ours[name]).split([rows for rows, *_ in shapes.values()])
+        state |= dict(zip(shapes, parts))
+    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # where it is tied
+    theirs.load_state_dict(state, assign=True)
+    with model.norm.weight.device:  # its table is no weight, so it was still on meta
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(hf_config)
+    return theirs.requires_grad_(False).eval()
+
+
+def calls(target: Transformer, draft: Transformer, configs: list[dict], speculate_k: list[int],
+          max_new_tokens: int, eos_ids) -> dict:
+    """Variant -> a function of a prompt's ids that gives (new tokens, None, None).
+
+    Alone, and assisted with the same constant K; a text ends where ours does.
+    """
+    theirs, assistant = (to_hf(model, config) for model, config in zip((target, draft), configs))
+
+    def call(prompt, k):
+        ids, more = torch.tensor([prompt], device=theirs.device), {}
+        if k:
+            settings = assistant.generation_config
+            settings.num_assistant_tokens, settings.assistant_confidence_threshold = k, 0.0
+            settings.num_assistant_tokens_schedule = "constant"
+            more = {"assistant_model": assistant}
+        more |= {"eos_token_id": list(eos_ids)} if eos_ids else {}
+        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                              max_new_tokens=max_new_tokens, pad_token_id=0, **more)
+        return out[0, len(prompt):].tolist(), None, None
+
+    return {"hf target": lambda prompt: call(prompt, 0)} | {
+        f"hf assisted K={k}": lambda prompt, k=k: call(prompt, k) for k in speculate_k}

@@ -1,0 +1,102 @@
+"""What the rules would accept of texts not drafted here: a person's solution, another model's.
+
+Behind eval.py --replay. Each prompt is read with its text once, and the text is taken for the
+draft: a round accepts up to K of its tokens and moves on by one more. In generation that one would
+be the target's own token; here the text's stands in its place whatever the target wanted, for it is
+the text that is asked about. So this counts the tokens that a rule lets pass in a good text, not
+the text that it leads to. Greedy.
+"""
+import re
+from collections import Counter
+from pathlib import Path
+
+from common import UserError, json_lines
+
+import torch
+from tqdm import tqdm
+
+from judge import RULES, Verified, accept_mask, top1_match
+from load import Loaded, parse_rule
+
+
+def replay_rounds(mask: list[bool], k: int) -> list[int]:
+    """Tokens accepted in each round over a text whose tokens pass as in `mask`.
+
+    A round takes up to k that pass, then one that stands whatever the rule says.
+    """
+    rounds, i = [], 0
+    while i < len(mask):
+        rounds.append(next((n for n, ok in enumerate(mask[i:i + k]) if not ok), len(mask[i:i + k])))
+        i += rounds[-1] + 1
+    return rounds
+
+
+def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[str, str, str]]:
+    """("FILE, line N", prompt, text) of a JSON Lines file; with `limit` the first of each domain.
+
+    Its lines have `prompt` and `text` (or `reference`), or GSM8K's `question` and `answer`. `gsm8k`
+    is the task that words those prompts; the calculator notes <<...>> are left out.
+    """
+    texts, seen = [], Counter()
+    for where, e, *_ in json_lines(path, holding="examples"):
+        try:
+            if "question" in e:
+                prompt = gsm8k.chat(e) if chat else gsm8k.prompt(e)
+                text = re.sub("<<.*?>>", "", e["answer"])
+                text = text if chat or prompt[-1].isspace() else " " + text
+            else:
+                prompt, text = e["prompt"], e["text"] if "text" in e else e["reference"]
+            if not (isinstance(prompt, str) and isinstance(text, str) and prompt and text):
+                raise TypeError
+        except (KeyError, TypeError):
+            raise UserError(f'{where}: no "prompt" and "text" (or "reference"), nor "question" '
+                            'and "answer"') from None
+        domain = e.get("domain", e.get("task"))
+        seen[domain] += 1
+        if limit is None or seen[domain] <= limit:
+            texts.append((where, prompt, text))
+    return texts
+
+
+def read_once(model, ids: list[int], n: int):
+    """One pass over a prompt of n tokens and the text after it, in ids [n + M].
+
+    Returns the logits before each token of the text [M, V] and the hidden states at them [M, D].
+    """
+    device = model.norm.weight.device
+    hidden = model.features(torch.tensor([ids], device=device),
+                            torch.arange(len(ids), device=device), model.new_cache(len(ids)))[0]
+    return model.output(hidden[n - 1:-1]), hidden[n:]
+
+
+@torch.inference_mode()
+def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules: list[str],
+           k: int) -> dict:
+    """rule -> {mean_accepted, rejected (share of all tokens), rounds}.
+
+    texts: ("FILE, line N", prompt's ids, text's ids).
+    """
+    device = models.target.norm.weight.device
+    head = models.head and models.head.to(device)
+    context = min(m.config.max_seq_len for m in (models.target, models.draft) if m)
+    parsed = {rule: (name, RULES[name].parameter_for(given, head))
+              for rule in rules for name, given in [parse_rule(rule)]}
+    comparing = any(RULES[name].needs_draft_logits for name, _ in parsed.values())
+    rounds, rejected = {rule: [] for rule in rules}, dict.fromkeys(rules, 0)
+    for where, before, after in tqdm(texts, unit="text", disable=None):
+        ids, n = before + after, len(before)
+        if len(ids) > context:
+            raise UserError(f"{where}: prompt and text have {len(ids)} tokens, the context "
+                            f"{context}")
+        logits, hidden = read_once(models.target, ids, n)
+        v = Verified(logits, hidden, torch.tensor(after, device=device),
+                     read_once(models.draft, ids, n)[0] if comparing else None,
+                     head(hidden) if head else None)
+        passed = top1_match(v.logits, v.drafted)
+        for rule, (name, parameter) in parsed.items():
+            mask = accept_mask(passed, v, name, parameter).tolist()
+            rounds[rule] += replay_rounds(mask, k)
+            rejected[rule] += mask.count(False)
+    total = sum(len(after) for *_, after in texts)
+    return {rule: {"mean_accepted": sum(r) / len(r), "rejected": rejected[rule] / total,
+                   "rounds": len(r)} for rule, r in rounds.items()}

@@ -1,0 +1,294 @@
+"""The benchmarks of eval.py: how a problem is asked, where an answer ends, whether it is right.
+
+A task has `load(path, limit)`, which gives examples (dicts, each with a unique "id" and a
+"domain"), `prompt(example)` for base checkpoints (with few-shot examples of our own),
+`chat(example)` for checkpoints with a chat template, and `score(example, completion)`, which also
+says what the answer was read from, so that fallbacks can be counted apart. Files are those that the
+benchmarks' authors publish, also gzipped. Answers are compared as texts and numbers; only HumanEval
+runs code, in sandbox.py.
+"""
+import re
+from collections import Counter
+from decimal import Decimal, InvalidOperation
+from typing import NamedTuple
+
+from common import UserError, json_lines
+
+from demo.check import is_right
+from evaluation.sandbox import run_python
+
+
+class Score(NamedTuple):
+    right: bool
+    how: str  # what the answer was read from, or how the check ended
+
+
+class Task:
+    """What the benchmarks share. `fields`: (path of keys, type) that each line must have."""
+    name, fields, stop, max_new_tokens = "", (), (), 512
+
+    def __init__(self, allow_code_execution=False):
+        pass
+
+    def load(self, path, limit: int | None = None) -> list[dict]:
+        """The examples, the first `limit` of each domain.
+
+        Raises UserError for a file that is not this benchmark's.
+        """
+        lines = json_lines(path, holding="examples")
+        others = [name for name, task in TASKS.items() if not missing(task, lines[0].value)]
+        if missing(type(self), lines[0].value) and others:
+            raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task "
+                            f"{others[0]} or another file")
+        counts, kept = Counter(), []
+        for i, line in enumerate(lines):
+            if field := missing(type(self), line.value):
+                raise UserError(f"{line.where}: {field} is missing or not what {self.name} has "
+                                "there")
+            e = line.value | {"id": self.id(i, line.value), "domain": self.domain(line.value)}
+            counts[e["domain"]] += 1
+            if limit is None or counts[e["domain"]] <= limit:
+                if problem := self.problem(e):
+                    raise UserError(f"{line.where}: {problem}")
+                kept.append(e)
+        return kept
+
+    def problem(self, example: dict) -> str | None:
+        """Why an example that has all `fields` cannot be used, or None."""
+        return None
+
+    def id(self, i: int, line: dict) -> str:
+        return f"{self.name}/{i}"
+
+    def domain(self, line: dict) -> str:
+        return self.name
+
+
+def missing(task, line: dict) -> str | None:
+    """The first field of `task` that a line lacks, in quotes, or None."""
+    for path, kind in task.fields:
+        value = line
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or value == "" or value == []:
+            return repr(path)
+    return None
+
+
+# ---------------------------------------------------------------- GSM8K
+
+NUMBER = r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+"
+MARKED = rf"####\s*({NUMBER})"
+
+
+def number(text: str) -> Decimal | None:
+    """The value of a number as people write it: 18, 18.0 and $18 are the same, 1,000 is 1000."""
+    try:
+        return Decimal(re.sub(r"[\s,$]", "", text))
+    except InvalidOperation:
+        return None
+
+
+class Gsm8k(Task):
+    """Grade-school maths (Cobbe et al., arXiv 2110.14168).
+
+    Right if the number after `#### ` is the reference's.
+    """
+    name, fields, stop = "gsm8k", (("question", str), ("answer", str)), ("\nQuestion:", "\n\n\n")
+    EXAMPLES = (
+        ("A baker fills 6 trays with 8 rolls each and sells 30 of the rolls before noon. How many "
+         "rolls are left?",
+         "6 trays of 8 rolls are 6 * 8 = 48 rolls.\n"
+         "After selling 30 there are 48 - 30 = 18 left.\n"
+         "#### 18"),
+        ("Nina is 4 years older than her brother, who is half as old as their cousin. The cousin "
+         "is 22. How old is Nina?",
+         "The brother is 22 / 2 = 11 years old.\n"
+         "Nina is 11 + 4 = 15 years old.\n"
+         "#### 15"),
+        ("A bus ticket costs $3 and children pay half. What do 2 adults and 4 children pay "
+         "together?",
+         "The adults pay 2 * 3 = 6 dollars.\n"
+         "A child pays 3 / 2 = 1.5 dollars, so the children pay 4 * 1.5 = 6 dollars.\n"
+         "Together that is 6 + 6 = 12 dollars.\n"
+         "#### 12"),
+        ("Paul reads 20 pages on Monday and on each of the next 3 days 5 pages more than the day "
+         "before. How many pages does he read in the 4 days?",
+         "On Tuesday he reads 20 + 5 = 25 pages, on Wednesday 25 + 5 = 30 and on Thursday "
+         "30 + 5 = 35.\n"
+         "In all he reads 20 + 25 + 30 + 35 = 110 pages.\n"
+         "#### 110"),
+    )
+
+    def problem(self, example):
+        if not re.search(MARKED, example["answer"]):
+            return f"the answer of {example['id']} does not end in #### and a number"
+
+    def prompt(self, example) -> str:
+        shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in self.EXAMPLES)
+        return f"{shots}Question: {example['question']}\nAnswer:"
+
+    def chat(self, example) -> str:
+        return (f"{example['question']}\n\nSolve this step by step. End with a line of the form\n"
+                "#### N\nwhere N is the answer as a number alone.")
+
+    def score(self, example, completion: str) -> Score:
+        """The first number after ####, as in the official extraction; without one, the last number.
+        """
+        want = number(re.search(MARKED, example["answer"])[1])
+        if marked := re.search(MARKED, completion):
+            return Score(number(marked[1]) == want, "marked")
+        if found := re.findall(NUMBER, completion):
+            return Score(number(found[-1]) == want, "last number")
+        return Score(False, "no number")
+
+
+# ---------------------------------------------------------------- HumanEval
+
+class HumanEval(Task):
+    """Python functions (Chen et al., arXiv 2107.03374).
+
+    Right if the file's own tests pass: pass@1, since decoding is greedy.
+    """
+    name = "humaneval"
+    fields = ("task_id", str), ("prompt", str), ("entry_point", str), ("test", str)
+    stop = "\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```"
+    TIMEOUT = 10.0  # seconds
+
+    def __init__(self, allow_code_execution=False):
+        self.allowed = allow_code_execution
+
+    def load(self, path, limit=None):
+        if not self.allowed:
+            raise UserError("humaneval runs what the models write: read what evaluation/sandbox.py "
+                            "protects from, then give --allow_code_execution")
+        return super().load(path, limit)
+
+    def id(self, i, line):
+        return line["task_id"]
+
+    def prompt(self, example) -> str:
+        return example["prompt"]
+
+    def chat(self, example) -> str:
+        return ("Complete this Python function. Answer with the whole function, imports included, "
+                f"in one code block.\n\n```python\n{example['prompt'].strip()}\n```")
+
+    def score(self, example, completion: str) -> Score:
+        if not self.allowed:
+            raise UserError("humaneval needs --allow_code_execution")
+        outcome = run_python(self.program(example, completion), example["test"],
+                             example["entry_point"], self.TIMEOUT, given=example["prompt"])
+        return Score(outcome.status == "passed", outcome.status)
+
+    def program(self, example, completion: str) -> str:
+        """The code to run.
+
+        A code block that defines the function goes after the prompt's imports as it is; anything
+        else continues the prompt.
+        """
+        blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", completion,
+                            re.DOTALL | re.IGNORECASE)
+        start = re.compile(rf"^def {re.escape(example['entry_point'])}\b", re.MULTILINE)
+        for code in (*blocks, completion):
+            if start.search(code):
+                return start.split(example["prompt"], maxsplit=1)[0] + code
+        return example["prompt"] + (blocks[0] if blocks else completion)
+
+
+# ---------------------------------------------------------------- ARC
+
+class Arc(Task):
+    """ARC-Challenge (Clark et al., arXiv 1803.05457): multiple choice.
+
+    Choices get letters here; some questions number theirs.
+    """
+    name, stop, max_new_tokens = "arc", ("\nQuestion:", "\n\n"), 384
+    fields = ("question.stem", str), ("question.choices", list), ("answerKey", str)
+    LETTERS = "ABCDE"
+    EXAMPLES = (
+        ("Which of these is a source of light?",
+         ("the Moon", "a mirror", "a candle flame", "a window"),
+         "A candle flame gives off its own light; the others only reflect it or let it through. "
+         "The answer is C."),
+        ("A ball is thrown straight up. What makes it come down again?",
+         ("gravity", "friction", "magnetism", "sound"),
+         "The Earth's gravity pulls the ball back. The answer is A."),
+        ("Which change is reversible?",
+         ("burning wood", "baking bread", "rusting iron", "melting ice"),
+         "Melted ice can be frozen again; the others make new substances. The answer is D."),
+    )
+
+    def problem(self, example):
+        labels = [c.get("label") for c in example["question"]["choices"]
+                  if isinstance(c, dict) and isinstance(c.get("text"), str)]
+        if not 2 <= len(labels) <= len(self.LETTERS) or example["answerKey"] not in labels:
+            return (f"the choices of {example['id']} are not as ARC has them, or its answerKey is "
+                    "none of their labels")
+
+    def id(self, i, line):
+        return str(line.get("id", f"arc/{i}"))
+
+    def ask(self, stem: str, texts) -> str:
+        return f"{stem}\n" + "\n".join(map("{}) {}".format, self.LETTERS, texts))
+
+    def asked(self, example) -> str:
+        question = example["question"]
+        return self.ask(question["stem"], [c["text"] for c in question["choices"]])
+
+    def prompt(self, example) -> str:
+        shots = "".join(f"Question: {self.ask(q, texts)}\nAnswer: {a}\n\n"
+                        for q, texts, a in self.EXAMPLES)
+        return f"{shots}Question: {self.asked(example)}\nAnswer:"
+
+    def chat(self, example) -> str:
+        return (f"{self.asked(example)}\n\nExplain in a sentence or two, then end with a line of "
+                "the form\nThe answer is X.\nwhere X is the letter.")
+
+    def score(self, example, completion: str) -> Score:
+        """The last letter that is named as the answer; else one that stands alone as a choice does;
+        else any letter by itself.
+        """
+        choices = example["question"]["choices"]
+        letters = self.LETTERS[:len(choices)]
+        want = letters[[c["label"] for c in choices].index(example["answerKey"])]
+        patterns = {
+            "named": r"(?i:answer(?:\s+is)?|choice(?:\s+is)?)\s*:?\s*"
+                     rf"[\"'*({{]*([{letters}])(?![\w'])",
+            "as a choice": rf"(?:^|\n)\s*[\"'*(]*([{letters}])(?:[).:*]|\s*$)|\(([{letters}])\)",
+            "a letter": rf"(?<![\w'])([B-{letters[-1]}])(?![\w'])",  # not A: it is a word
+        }
+        for how, pattern in patterns.items():
+            if found := re.findall(pattern, completion):
+                return Score("".join(found[-1]) == want, how)  # the letter, by itself or in a tuple
+        return Score(False, "no letter")
+
+
+# ---------------------------------------------------------------- the demo
+
+class Demo(Task):
+    """The demo's three tasks (demo/corpus.py), each a domain.
+
+    Checked exactly; code by the demo's own interpreter, never by Python.
+    """
+    name, max_new_tokens = "demo", 220
+    fields = ("task", str), ("prompt", str), ("answer", (int, str, list))
+
+    def id(self, i, line):
+        return f"{line['task']}/{i}"
+
+    def domain(self, line):
+        return line["task"]
+
+    def prompt(self, example) -> str:
+        return example["prompt"]
+
+    def chat(self, example) -> str:
+        return example["prompt"]
+
+    def score(self, example, completion: str) -> Score:
+        right = is_right(example["task"], example["prompt"], completion, example["answer"])
+        return Score(right, "exact")
+
+
+TASKS = {task.name: task for task in (Gsm8k, HumanEval, Arc, Demo)}

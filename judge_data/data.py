@@ -1,0 +1,90 @@
+"""Judge data, JSON Lines of {"prompt", "answer", "error": null | [start, end]}: reading, labels of
+tokens, and the split by prompt. The offsets of the first error are characters of the answer.
+
+annotate.py imports this and needs no torch to mark, so only `split` imports it.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+from common import UserError, json_lines
+
+
+def check_texts(line: dict, where: str):
+    """Refuse a line without a prompt or an answer."""
+    for key in ("prompt", "answer"):
+        if not isinstance(line.get(key), str) or not line[key]:
+            raise UserError(f"{where}: {key!r} must be a text that is not empty")
+
+
+def is_error(error, answer: str) -> bool:
+    """Whether this is a valid "error": null, or [start, end] of at least one character."""
+    return error is None or (isinstance(error, list) and len(error) == 2
+                             and all(type(x) is int for x in error)
+                             and 0 <= error[0] < error[1] <= len(answer))
+
+
+def read_data(path: Path) -> list[dict]:
+    """The lines of a judge data file, each with its place as "where" and its number as "line".
+
+    Raises UserError naming the line that breaks the format.
+    """
+    examples = []
+    for line in json_lines(path, holding="examples"):
+        example, where = line.value, line.where
+        check_texts(example, where)
+        for key in ("prompt", "answer"):
+            if any("\ud800" <= c <= "\udfff" for c in example[key]):
+                raise UserError(f"{where}: {key!r} holds half a character (a lone surrogate); "
+                                "write the whole character")
+        if "error" not in example:
+            raise UserError(f"{where}: 'error' is missing; it is null for a correct answer, else "
+                            "[start, end]")
+        if not is_error(example["error"], example["answer"]):
+            raise UserError(f"{where}: 'error' is {example['error']}; it must be null or [start, "
+                            f"end] with 0 <= start < end <= {len(example['answer'])}, the "
+                            "answer's characters")
+        examples.append(example | {"where": where, "line": line.number})
+    return examples
+
+
+def label_tokens(offsets: list[tuple[int, int]], error) -> list[int]:
+    """1 (correct) for each token before the error, 0 for each that holds a character of it.
+
+    Tokens after the error have no label and are left out.
+    """
+    if error is None:
+        return [1] * len(offsets)
+    start, end = error
+    return [int(b <= start) for a, b in offsets if a < end]
+
+
+class Encoded(NamedTuple):
+    """An example as the target reads it."""
+    ids: list[int]  # the prompt and the labelled tokens after it
+    start: int  # index of the first labelled token
+    spans: list[tuple[int, int]]  # each labelled token's characters of the answer
+    labels: list[int]
+
+
+def encode(tokenizer, examples: list[dict], limit: int, chat=False) -> list[Encoded]:
+    """Ids and labels of each example; raises UserError for one that exceeds `limit` tokens."""
+    encoded = []
+    for e in examples:
+        prompt = tokenizer.prompt(e["prompt"], chat)
+        answer, spans = tokenizer.encode_with_offsets(e["answer"], continuation=True)
+        if len(prompt) + len(answer) > limit:
+            raise UserError(f"{e['where']}: prompt and answer have {len(prompt) + len(answer)} "
+                            f"tokens, the context is {limit}; shorten or drop the line")
+        labels = label_tokens(spans, e["error"])
+        encoded.append(Encoded(prompt + answer[:len(labels)], len(prompt), spans[:len(labels)],
+                               labels))
+    return encoded
+
+
+def split(examples: list[dict], share: float, seed: int) -> list[bool]:
+    """Whether each example is for validation: a share of the prompts, each wholly on one side."""
+    import torch
+    prompts = sorted({e["prompt"] for e in examples})
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = {prompts[i] for i in order[:max(1, round(share * len(prompts)))]}
+    return [e["prompt"] in held for e in examples]

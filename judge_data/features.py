@@ -1,0 +1,96 @@
+"""What a judge learns from: the target's hidden states at the labelled tokens, and their file."""
+import hashlib
+import json
+from pathlib import Path
+
+from common import UserError, open_weights, replacing
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import fingerprint
+from judge_data.data import Encoded
+from model import DTYPES, Transformer
+
+BATCH = 4096  # tokens that the target reads at once, padding included
+
+
+def batches(lengths: list[int]) -> list[list[int]]:
+    """Indices of the answers to read together: of similar length, for little padding.
+
+    The longest come first, so that a lack of memory shows at once.
+    """
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= BATCH:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+@torch.inference_mode()
+def hidden_states(target: Transformer, encoded: list[Encoded], dtype=torch.float32) -> Tensor:
+    """The hidden states at all labelled tokens' own positions, answer by answer: [N, D] on the CPU.
+
+    Each answer is read once. Shorter ones in a batch are padded at the end, which no token of
+    theirs attends to.
+    """
+    device, begin = target.norm.weight.device, [0]
+    for e in encoded:
+        begin.append(begin[-1] + len(e.labels))
+    out = torch.empty(begin[-1], target.config.dim, dtype=dtype)
+    with tqdm(total=len(encoded), desc="target reads the answers", unit="answer",
+              disable=None) as bar:
+        for batch in batches([len(e.ids) for e in encoded]):
+            span = len(encoded[batch[0]].ids)
+            rows = [encoded[i].ids + [0] * (span - len(encoded[i].ids)) for i in batch]
+            ids = torch.tensor(rows, device=device)
+            states = target.features(ids, torch.arange(span, device=device),
+                                     target.new_cache(span, len(batch))).cpu()
+            for row, i in enumerate(batch):
+                out[begin[i]:begin[i + 1]] = states[row, encoded[i].start:len(encoded[i].ids)]
+            bar.update(len(batch))
+    return out
+
+
+# ---------------------------------------------------------------- the file
+
+def made_of(encoded: list[Encoded], target: Path, dtype: str) -> dict:
+    """What hidden states depend on. dtype: the target's, not the file's.
+
+    The ids stand for data, tokenizer and chat template.
+    """
+    ids = hashlib.sha256(json.dumps([(e.ids, e.start) for e in encoded]).encode()).hexdigest()[:16]
+    return {"target": fingerprint(target), "data": ids, "dtype": dtype}
+
+
+def save_features(path: Path, hidden: Tensor, made: dict):
+    with replacing(path) as tmp:
+        save_file({"hidden": hidden}, tmp, {"features_of": json.dumps(made)})
+
+
+def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str | None) -> Tensor:
+    """The hidden states in a file that save_features wrote for the same target and data.
+
+    Raises UserError naming what differs; dtype, if given, must be the file's.
+    """
+    with open_weights(path) as f:
+        found = json.loads((f.metadata() or {}).get("features_of", "{}"))
+        if found.keys() != made.keys():
+            raise UserError(f"--features {path} is not a file of hidden states; name another")
+        for key, what in (("target", f"target {target}"),
+                          ("data", f"data {data} (with this tokenizer and --chat or not)"),
+                          ("dtype", "target's --dtype")):
+            if found[key] != made[key]:
+                raise UserError(f"--features {path} was made with another {key}: the {what} is "
+                                f"{made[key]}, it holds {found[key]}; name another file, or "
+                                "delete it")
+        hidden = f.get_tensor("hidden")
+    stored = next(name for name, d in DTYPES.items() if d == hidden.dtype)
+    if dtype not in (None, stored):
+        raise UserError(f"--features {path} holds {stored}, --features_dtype is {dtype}; name "
+                        "another file, or delete it")
+    return hidden

@@ -1,0 +1,146 @@
+"""From a command line's words to models that fit each other: devices, rules, and loading target,
+draft, tokenizer and judge; under torchrun each rank's shares.
+"""
+import argparse
+import math
+from typing import NamedTuple
+
+from common import UserError, refuse
+
+import torch
+
+import checkpoint
+import tp
+from judge import RULES, JudgeHead, Rule, nothing_more
+from model import DTYPES, ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------- devices
+
+def add_device_flags(p: argparse.ArgumentParser, draft=False):
+    """--device, --dtype and with `draft` --draft_dtype; `resolve_device` reads them."""
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   choices=("cpu", "cuda"))
+    p.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, float32 on cpu")
+    if draft:
+        p.add_argument("--draft_dtype", choices=DTYPES,
+                       help="default: --dtype; a tiny draft on a CPU is faster in float32")
+
+
+def resolve_device(args: argparse.Namespace):
+    """Turn the dtypes' names into torch's, in place; refuse a device that is not there."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
+    if hasattr(args, "draft_dtype"):
+        args.draft_dtype = DTYPES[args.draft_dtype] if args.draft_dtype else args.dtype
+
+
+# ---------------------------------------------------------------- rules
+
+def rule_forms(plain=()) -> list[str]:
+    """How each rule is written: standard, topk:K, typical[:E], ...; `plain` names come first."""
+    form = lambda r: f":{r.parameter}" if r.default is None and not r.needs_judge else (
+        f"[:{r.parameter}]")
+    return [*plain, *(name + (form(r) if r.parameter else "") for name, r in RULES.items())]
+
+
+def rule_help() -> str:
+    """Every rule as it is written, and what it accepts; for --help."""
+    return "; ".join(f"{form}, {r.about}" for form, r in zip(rule_forms(), RULES.values()))
+
+
+def parse_rule(text: str, plain=(), threshold: float | None = None) -> tuple[str, float | None]:
+    """(name, parameter or None) of a rule as it is written, such as standard, topk:3 or judge:0.9.
+
+    plain: more names, without a parameter. threshold: the parameter, given apart. Raises UserError
+    listing the rules.
+    """
+    name, colon, value = text.partition(":")
+    rule = Rule(nothing_more) if name in plain else RULES.get(name)
+    try:
+        if rule is None or colon and threshold is not None:
+            raise ValueError
+        x = float(value) if colon else threshold
+        if x is None and (rule.parameter and rule.default is None and not rule.needs_judge):
+            raise ValueError
+        if x is not None and not (rule.parameter and math.isfinite(x) and rule.valid(x)):
+            raise ValueError
+        return name, x
+    except ValueError:
+        said = repr(text) + ("" if threshold is None else f" with --threshold {threshold:g}")
+        about = "; ".join(f"{r.parameter}: {r.about}" for r in RULES.values() if r.parameter)
+        raise UserError(f"{said} is not a rule; use {', '.join(rule_forms(plain))} "
+                        f"({about})") from None
+
+
+def spell_rule(name: str, parameter: float | None) -> str:
+    """The one spelling of a rule: `parse_rule` gives it back."""
+    return name if parameter is None else (
+        f"{name}:{int(parameter) if parameter % 1 == 0 else parameter}")
+
+
+def rule_list(text: str, plain=()) -> list[str]:
+    """The rules of a comma-separated list, each in one spelling and once."""
+    rules = (parse_rule(item.strip(), plain) for item in text.split(","))
+    return list(dict.fromkeys(spell_rule(*rule) for rule in rules))
+
+
+# ---------------------------------------------------------------- models
+
+class Loaded(NamedTuple):
+    target: Transformer
+    draft: Transformer | None
+    head: JudgeHead | None
+    tokenizer: Tokenizer
+
+
+def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float32,
+                draft_dtype: torch.dtype | None = None, speculate_k=0) -> Loaded:
+    """Check that the checkpoint directories and the judge file fit each other, then load them.
+
+    draft_dtype: default dtype. speculate_k: must be below the context. Raises UserError.
+    """
+    config, tokenizer = ModelConfig.from_dir(target), Tokenizer.from_dir(target)
+    if draft:
+        draft_config = check_draft(target, draft, tokenizer)
+        context = min(config.max_seq_len, draft_config.max_seq_len)
+        refuse((speculate_k >= context, f"--speculate_k is {speculate_k}; it must be below the "
+                f"context of {context} tokens"))
+    head = load_judge(judge, target) if judge else None
+    if tp.world() > 1:
+        tp.check(config, target)
+        device = tp.start(device)
+    model = load_model(target, config, device, dtype)
+    draft_model = load_model(draft, draft_config, device, draft_dtype or dtype) if draft else None
+    return Loaded(model, draft_model, head, tokenizer)
+
+
+def check_draft(target, draft, tokenizer: Tokenizer) -> ModelConfig:
+    """The draft's config; raises UserError unless draft and target share their tokens."""
+    config, draft_config = ModelConfig.from_dir(target), ModelConfig.from_dir(draft)
+    refuse(
+        (draft_config.vocab_size != config.vocab_size, f"draft {draft} has a vocabulary of "
+         f"{draft_config.vocab_size} tokens, target {target} one of {config.vocab_size}; "
+         "speculation needs the same"),
+        (not tokenizer.same_as(Tokenizer.from_dir(draft)), f"draft {draft} and target {target} "
+         "have different tokenizers; speculation needs the same"))
+    return draft_config
+
+
+def load_judge(path, target) -> JudgeHead:
+    """The judge in a file, for the checkpoint directory `target`; raises UserError for another's.
+    """
+    config = ModelConfig.from_dir(target)
+    parent = config.quantization and config.quantization.parent
+    return JudgeHead.load(path, config.dim, checkpoint.fingerprint(target), str(target), parent)
+
+
+def load_model(directory, config: ModelConfig, device: str, dtype: torch.dtype) -> Transformer:
+    """A checkpoint's model, under torchrun this rank's share of it.
+
+    A draft whose heads the ranks cannot share is small: each rank runs the whole of it.
+    """
+    if tp.world() == 1 or tp.not_divisible(config, tp.world()):
+        return checkpoint.load(directory, device, dtype)
+    return checkpoint.load(directory, device, dtype, build=tp.share, read=tp.read_share(config))

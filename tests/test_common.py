@@ -1,0 +1,97 @@
+"""JSON Lines as people's programs write them, and the log that a killed run resumes from."""
+import gzip
+import json
+
+from common import AnswerLog, UserError, json_lines, read_json, saved_settings
+
+import pytest
+
+
+@pytest.mark.parametrize("data", [
+    b'{"a": 1}\n\n{"a": "\xe2\x80\xa8x"}\n',  # U+2028 inside a string ends no line
+    b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": "\xe2\x80\xa8x"}\r\n',
+    b'{"a": 1}\n \n{"a": "\\u2028x"}',  # no line end behind the last
+    gzip.compress(b'{"a": 1}\n\n{"a": "\xe2\x80\xa8x"}\n'),
+], ids=["plain", "BOM and CRLF", "no last line end", "gzip"])
+def test_the_one_reader(tmp_path, data):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(data)
+    lines = json_lines(path, "examples")
+    assert [line.value for line in lines] == [{"a": 1}, {"a": "\u2028x"}]
+    assert [line.where for line in lines] == [f"{path}, line 1", f"{path}, line 3"]
+
+
+@pytest.mark.parametrize("data, message", [
+    (b'{"a": 1}\n{', "x.jsonl, line 2: not JSON"), (b'{"a": 1}\n\xff\n', "line 2: not UTF-8 text"),
+    (b"[1]\n", "line 1: not a JSON object"), (b"\n\n", "x.jsonl holds no examples"),
+    (b"\x1f\x8bnonsense", "cannot read .*x.jsonl: it is not whole gzipped text"),
+])
+def test_a_bad_line_is_named(tmp_path, data, message):
+    (tmp_path / "x.jsonl").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        json_lines(tmp_path / "x.jsonl", "examples")
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read .*nothing: No such file"):
+        json_lines(tmp_path / "nothing")
+    with pytest.raises(UserError, match="nothing does not exist"):
+        read_json(tmp_path / "nothing")
+
+
+def test_a_log_resumes_from_wherever_it_was_cut(tmp_path):
+    path, about = tmp_path / "log.jsonl", tmp_path / "settings.json"
+    log = AnswerLog(path, {"k": 1}, about)
+    assert not path.exists() and not about.exists()  # nothing is left behind by a refused run
+    values = [{"i": i, "text": "\u2028é"} for i in range(3)]
+    for value in values:
+        log.append(value)
+    log.close()
+    whole = path.read_bytes()
+    assert whole.isascii() and read_json(about) == {"k": 1}
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        log = AnswerLog(path, {"k": 1}, about)
+        there = len(log.values)
+        assert log.values == values[:there] and there >= whole[:cut].count(b"\n")
+        for value in values[there:]:
+            log.append(value)
+        log.close()
+        assert path.read_bytes() in (whole, whole[:-1]), cut  # the last "\n" comes with a next line
+
+
+def test_a_log_can_take_back_its_last_line_and_is_locked(tmp_path):
+    log = AnswerLog(tmp_path / "log.jsonl")
+    log.append({"i": 1})
+    log.append({"i": 2})
+    log.pop()
+    assert [line.value for line in json_lines(log.path)] == log.values == [{"i": 1}]
+    other = AnswerLog(log.path, {"k": 2}, tmp_path / "settings.json")
+    with pytest.raises(UserError, match="in use by another run"):
+        other.append({"i": 3})
+    assert not (tmp_path / "settings.json").exists()  # one that is refused writes nothing
+    log.remove()
+    assert not log.path.exists()
+
+
+def test_a_tail_that_is_not_ours_is_not_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"i": 1}\n{"j"')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        AnswerLog(path, torn=lambda tail: tail.startswith(b'{"i'))
+    assert len(AnswerLog(path, torn=lambda tail: tail.startswith(b'{"j')).lines) == 1
+
+
+def test_other_settings_are_refused(tmp_path):
+    about, answers = tmp_path / "settings.json", tmp_path / "answers.jsonl"
+    assert saved_settings(about, answers, {"k": 1}) == {}
+    answers.write_text("{}\n")
+    with pytest.raises(UserError, match="without settings.json"):
+        saved_settings(about, answers, {"k": 1})
+    about.write_text(json.dumps({"k": 1, "draft": None, "rules": ["a"]}))
+    same = {"k": 1, "draft": "x", "rules": ["b"]}
+    assert saved_settings(about, answers, same, ("rules",), ("draft",))["rules"] == ["a"]
+    with pytest.raises(UserError, match="draft was None, now x; rules was"):
+        saved_settings(about, answers, same)
+    with pytest.raises(UserError, match="other settings: k was 1, now 2. Take another --out"):
+        saved_settings(about, answers, same | {"k": 2}, ("rules",), ("draft",))
