@@ -214,16 +214,18 @@ class AnswerLog:
 
     def open(self):
         """Lock the file and cut off an unfinished last line."""
+        fd = None
         try:
-            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             if fcntl:
-                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 directory = os.open(self.path.parent, os.O_RDONLY)
                 os.fsync(directory)  # the name of a new file is on disk too
                 os.close(directory)
-            if os.fstat(self.fd).st_size != self.size:  # its new lines must not be cut off
+            if os.fstat(fd).st_size != self.size:  # lines that we have not read must not be cut
                 raise UserError(f"{self.path} was changed by another run meanwhile; start again")
-            if self.end() <= os.fstat(self.fd).st_size:
+            self.fd, fd = fd, None
+            if self.end() <= self.size:
                 self.cut(self.end())
             else:
                 self.write(b"\n")
@@ -232,6 +234,9 @@ class AnswerLog:
                             "--out") from None
         except OSError as e:
             raise UserError(f"cannot write {self.path}: {e.strerror}") from None
+        finally:
+            if fd is not None:
+                os.close(fd)
 
     def close(self):
         if self.fd is not None:

@@ -277,8 +277,7 @@ def _maps(k, m, x):
 
 
 def _choice(options, pool):
-    """A Pick of equal expressions; its mistakes are other expressions of `pool`, or a number off.
-    """
+    """A Pick of equal expressions; its mistakes are others of `pool`, or a number that is off."""
     wrong = {re.sub(r"\d+", str(int(n) + d), options[0], count=1)
              for n in re.findall(r"\d+", options[0])[:1] for d in (-2, 3, 7) if int(n) + d > 0}
     wrong |= {p[0] for p in pool if p[0] != options[0]}

@@ -54,7 +54,9 @@ class Continuations:
         self.rng, self.sample = random.Random(0), []  # of (tokens, seconds to read them)
 
     def start(self, prompt: list[int], score, stops=()):
-        """Turn to another prompt. `score(text)`: is the answer right; a string in `stops` ends it.
+        """Turn to another prompt.
+
+        score(text): whether the answer is right. stops: strings that end it.
         """
         self.prompt, self.score, self.stops, self.paths = prompt, score, stops, []
 
@@ -206,8 +208,7 @@ def autojudge(go_on, draft, eos_ids) -> tuple[Outcome, list[Swap]] | str:
 
 
 def greedy_token(model, prompt: list[int]):
-    """`autojudge`'s `draft`: the model's argmax, from a cache of its own that grows with the walk.
-    """
+    """The `draft` of autojudge: the model's argmax, from a cache that grows with the walk."""
     engine = Engine(model)
 
     @torch.inference_mode()

@@ -15,12 +15,12 @@ from common import UserError
 
 import pytest
 import torch
-from helpers import random_model, save_checkpoint, tiny_config
 
 import benchmark as B
 from engine import Engine, generate
 from evaluation import dummy as D
 from evaluation import hf_peer
+from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
 
 ROOT = Path(__file__).parents[1]

@@ -14,6 +14,14 @@ from common import UserError
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Reference
+
+import checkpoint
+import convert_hf_checkpoint
+from checkpoint import load, write_weights
+from convert_hf_checkpoint import convert_tokenizer_json, plan
 from helpers import (
     LINUX,
     edit_json,
@@ -24,14 +32,6 @@ from helpers import (
     run_command,
     strings,
 )
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as Reference
-
-import checkpoint
-import convert_hf_checkpoint
-from checkpoint import load, write_weights
-from convert_hf_checkpoint import convert_tokenizer_json, plan
 from model import ModelConfig
 from tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL, Tokenizer
 

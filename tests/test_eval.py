@@ -15,7 +15,6 @@ from common import AnswerLog, UserError
 
 import pytest
 import torch
-from helpers import random_model, run_command, save_checkpoint, tiny_config
 
 import checkpoint
 import engine
@@ -23,6 +22,7 @@ import eval as E
 from engine import Engine, LlamaDrafter, Settings, State, generate, unpack
 from evaluation import report
 from evaluation.replay import read_texts, replay_rounds
+from helpers import random_model, run_command, save_checkpoint, tiny_config
 from judge import RULES as TABLE
 from judge import JudgeHead, Rule
 from load import parse_rule

@@ -8,7 +8,6 @@ from common import UserError
 
 import pytest
 import torch
-from test_generate import alone, check_distribution, models, small_pair, tokens
 
 import benchmark
 import eval as evaluate
@@ -17,6 +16,7 @@ from demo.pair import HOME
 from engine import Drafter, Engine, generate
 from judge import RULES, Rule, Verified
 from load import parse_rule, rule_help
+from test_generate import alone, check_distribution, models, small_pair, tokens
 
 PAIR = ["--target", str(HOME / "target"), "--draft", str(HOME / "draft"), "--device", "cpu"]
 DATA = str(HOME / "problems.jsonl")

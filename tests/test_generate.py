@@ -10,12 +10,12 @@ from common import UserError, run
 
 import pytest
 import torch
-from helpers import random_model, save_checkpoint, tiny_config
 
 import generate as G
 import judge
 from checkpoint import fingerprint
 from engine import Engine, LlamaDrafter, Settings, State, generate, verify_and_accept
+from helpers import random_model, save_checkpoint, tiny_config
 from judge import RULES, JudgeHead, Rule, Verified
 from load import load_models
 

@@ -1,4 +1,4 @@
-"""The house that README draws: which files there are, who imports whom, and how long the core is."""
+"""The house that README draws: which files there are, who imports whom, how long the core is."""
 import ast
 import functools
 from pathlib import Path

@@ -11,14 +11,14 @@ import time
 from common import AnswerLog, UserError
 
 import pytest
-import test_tokenizer
 import torch
-from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config
 
 import checkpoint
 import make_judge_data as M
+import test_tokenizer
 from engine import Engine, generate
 from evaluation.tasks import TASKS, Score
+from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config
 from judge_data import mining
 from judge_data.data import encode, label_tokens, read_data
 from judge_data.mining import ENDS_EARLY, FAILS, Continuations, Outcome, bisect, characters, scan

@@ -8,6 +8,8 @@ from common import UserError
 import pytest
 import torch
 import transformers
+
+from checkpoint import fingerprint, load, shapes
 from helpers import (
     ROOT,
     edit_weights,
@@ -19,8 +21,6 @@ from helpers import (
     shard,
     tiny_config,
 )
-
-from checkpoint import fingerprint, load, shapes
 from linear import dense, packs
 from model import ModelConfig, Transformer, rope_table
 

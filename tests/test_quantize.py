@@ -1,5 +1,5 @@
-"""linear.py, gpu_kernels/quantized_matmul.py and quantize.py: each mode against float64, and quantized
-checkpoints wherever a plain one goes.
+"""linear.py, gpu_kernels and quantize.py: each mode against float64, and quantized checkpoints
+wherever a plain one goes.
 """
 import functools
 import json
@@ -12,6 +12,13 @@ from common import UserError
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import linear
+import quantize
+from checkpoint import fingerprint, load, shapes
+from engine import Engine, LlamaDrafter, generate
 from helpers import (
     LINUX,
     ROOT,
@@ -25,13 +32,6 @@ from helpers import (
     shard,
     tiny_config,
 )
-from safetensors.torch import load_file, save_file
-
-import checkpoint
-import linear
-import quantize
-from checkpoint import fingerprint, load, shapes
-from engine import Engine, LlamaDrafter, generate
 from judge import JudgeHead
 from linear import MODES, Fp8Linear, Int4Linear, Int8Linear, Quantization
 from model import ModelConfig

@@ -9,8 +9,8 @@ from common import UserError
 import pytest
 import sentencepiece
 import transformers
-from helpers import strings
 
+from helpers import strings
 from tokenizer import (
     LLAMA3_PATTERN,
     LLAMA3_SPECIAL,

@@ -4,21 +4,23 @@ ends the run.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
-from common import UserError
+from common import UserError, read_json
 
 import pytest
 import torch
-from helpers import random_model, save_checkpoint, tiny_config
 from safetensors import safe_open
-from test_generate import ROOT
 
 import tp
-from checkpoint import load
+from checkpoint import fingerprint, load
+from helpers import random_model, save_checkpoint, tiny_config
+from judge import JudgeHead
 from model import ModelConfig
+from test_generate import ROOT
 
 DEMO = ROOT / "checkpoints" / "demo"
 PROMPT = json.loads((DEMO / "problems.jsonl").read_text().splitlines()[0])["prompt"]
@@ -35,12 +37,30 @@ def torchrun(script, *args, n=2):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
 
 
-@pytest.mark.parametrize("args",
-                         [ALONE, STANDARD, JUDGE,
-                          (*JUDGE, "--compile", "--speculate_k", "3", "--max_new_tokens", "12"),
-                          (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
-                         ids=["target", "standard", "judge", "judge-compiled", "sampled"])
-def test_two_processes_say_what_one_says(args, tmp_path):
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A pair that compiles fast, with the demo's tokenizer and a judge that accepts much."""
+    home = tmp_path_factory.mktemp("tiny")
+    vocab = read_json(DEMO / "target" / "config.json")["vocab_size"]
+    for name, seed in (("target", 1), ("draft", 2)):
+        config = tiny_config(vocab_size=vocab, num_hidden_layers=1)
+        save_checkpoint(home / name, random_model(config, seed), config)
+        shutil.copy(DEMO / "target" / "tokenizer.model", home / name)
+    head = JudgeHead(torch.randn(1, 64), torch.ones(1), 0.5, fingerprint(home / "target"))
+    head.save(home / "judge.safetensors")
+    return home
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [
+    ALONE, STANDARD, JUDGE, "compiled",
+    (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
+    ids=["target", "standard", "judge", "judge-compiled", "sampled"])
+def test_two_processes_say_what_one_says(args, tmp_path, tiny):
+    if args == "compiled":
+        args = ("--target", tiny / "target", "--draft", tiny / "draft", "--judge",
+                tiny / "judge.safetensors", "--prompt", "Question:", "--device", "cpu",
+                "--compile", "--speculate_k", "2", "--max_new_tokens", "12")
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     done = subprocess.run([sys.executable, ROOT / "generate.py", *args, "--json", one],
                           capture_output=True, text=True)
@@ -52,6 +72,7 @@ def test_two_processes_say_what_one_says(args, tmp_path):
     assert again.stdout == done.stdout  # one rank speaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_target_is_shared_too(mode, tmp_path):
     subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", DEMO / "target",
@@ -107,6 +128,7 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
             assert torch.equal(torch.cat((a, b), dim=1 if re.search("wo|w2", name) else 0), whole)
 
 
+@pytest.mark.slow
 def test_what_does_not_divide_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
     in_rank(monkeypatch, 0, 4)
     for overrides, what in (({}, "2 key-value heads"),
@@ -122,6 +144,7 @@ def test_what_does_not_divide_is_refused_before_a_weight_is_read(tmp_path, monke
     assert "warm-up" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_run_with_its_error(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(f"""

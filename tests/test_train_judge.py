@@ -11,13 +11,13 @@ import sys
 from common import UserError
 
 import pytest
-import test_tokenizer
 import torch
-from helpers import ROOT, random_model, run_command, save_checkpoint, tiny_config
 
 import quantize
+import test_tokenizer
 import train_judge
 from checkpoint import fingerprint
+from helpers import ROOT, random_model, run_command, save_checkpoint, tiny_config
 from judge import JudgeHead, above_threshold
 from judge_data import features
 from judge_data.data import encode, label_tokens, read_data, split
@@ -292,8 +292,7 @@ def write_data(home):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Run the command line in this process, return what it prints; of equal flags the last counts.
-    """
+    """Run the command line in this process and return its output; a flag may be given again."""
     def call(*args):
         flags = ["--target", tmp_path / "target", "--data", tmp_path / "data.jsonl", "--device",
                  "cpu", "--epochs", "12", "--out", tmp_path / "judge.safetensors", *args]
