@@ -1,4 +1,4 @@
-"""The files of a checkpoint directory: load a model, take its fingerprint, write a new directory.
+"""The files of a checkpoint directory: config, weights, fingerprint, and writing a new directory.
 
 Weights are safetensors, memory-mapped and read one tensor at a time; nothing is ever unpickled. A
 directory is written from a plan, {name: Planned}, so memory does not grow with the model.
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from linear import prepare
+from linear import Quantization, prepare
 from model import ModelConfig, Transformer
 
 FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8",
@@ -28,6 +28,72 @@ PLAIN = {FORMATS[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torc
 SHARD_BYTES = 5 * 1024**3
 CHUNK = 4 * 1024**2  # weights read at a time: 16 MB as float32
 COPIED = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+# Hugging Face's class: whether q, k and v have a bias when config.json does not say
+ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
+IMPLEMENTED = {"hidden_act": ("silu",), "mlp_bias": (False, None), "pretraining_tp": (1, None),
+               "quantization_config": (None,), "partial_rotary_factor": (1.0, None)}
+
+
+# ---------------------------------------------------------------- config.json
+
+def config_from(hf: dict, where="config.json") -> ModelConfig:
+    """The config that Hugging Face's keys describe.
+
+    Raises UserError naming a missing key or a setting that is not implemented.
+    """
+    def need(key):
+        if hf.get(key) is None:
+            raise UserError(f"{where}: key {key!r} is missing")
+        return hf[key]
+
+    arch = (hf.get("architectures") or [None])[0]
+    refuse(
+        (arch not in ARCHITECTURES, f"{where}: architecture {arch!r} is not supported "
+         f"(supported: {', '.join(ARCHITECTURES)})"),
+        *((hf.get(key, allowed[-1]) not in allowed, f"{where}: {key} = {hf.get(key)!r} is not "
+           f"implemented (only {allowed[0]!r} is)") for key, allowed in IMPLEMENTED.items()),
+        (arch != "Qwen2ForCausalLM" and hf.get("attention_bias"), f"{where}: attention_bias "
+         f"with {arch} puts a bias on o_proj too, which is not implemented"))
+    n_head, dim, context = map(need, ("num_attention_heads", "hidden_size",
+                                      "max_position_embeddings"))
+    n_kv_head = hf.get("num_key_value_heads") or n_head
+    # Mistral has a window whenever the key is there; Qwen2 only if it says so.
+    windowed = hf.get("use_sliding_window", arch == "MistralForCausalLM")
+    window = hf.get("sliding_window") if windowed else None
+    theta, scaling = rope_settings(hf, where)
+    refuse((n_head % n_kv_head, f"{where}: num_attention_heads {n_head} is not a multiple of "
+            f"num_key_value_heads {n_kv_head}"))
+    return ModelConfig(
+        vocab_size=need("vocab_size"), dim=dim, n_layer=need("num_hidden_layers"),
+        n_head=n_head, n_kv_head=n_kv_head, head_dim=hf.get("head_dim") or dim // n_head,
+        ffn_dim=need("intermediate_size"), norm_eps=need("rms_norm_eps"), rope_theta=theta,
+        rope_scaling=scaling, max_seq_len=min(context, window or context),
+        sliding_window=window, tied=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=ARCHITECTURES[arch],
+        quantization=Quantization.from_dict(hf.get("quantization"), where))
+
+
+def read_config(checkpoint_dir) -> ModelConfig:
+    path = Path(checkpoint_dir) / "config.json"
+    return config_from(read_json(path), path)
+
+
+def rope_settings(hf: dict, where) -> tuple[float, dict | None]:
+    """(theta, Llama 3.1's scaling or None) from rope_theta + rope_scaling or rope_parameters."""
+    rope = hf.get("rope_parameters") or {}
+    scaling = {**(hf.get("rope_scaling") or {}), **rope}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [k for k in keys if k not in scaling]
+    refuse((kind != "llama3", f"{where}: rope type {kind!r} is not implemented (only 'default' and "
+            "'llama3' are)"),
+           (missing, f"{where}: rope type 'llama3' needs {', '.join(map(repr, missing))}"))
+    return theta, {k: scaling[k] for k in keys}
 
 
 # ---------------------------------------------------------------- names and shapes
@@ -146,7 +212,7 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer,
     `read(file, name)` can make another model of it, such as one rank's share.
     """
     files = weight_files(checkpoint_dir)
-    config = ModelConfig.from_dir(checkpoint_dir)
+    config = read_config(checkpoint_dir)
     if config.quantization:
         config.quantization.check_device(device, checkpoint_dir)
     with torch.device("meta"):

@@ -18,7 +18,15 @@ from common import UserError, check_writable, read_json, refuse, run
 import tiktoken
 import torch
 
-from checkpoint import Planned, open_tensors, read_rows, shapes, source_shapes, write_checkpoint
+from checkpoint import (
+    Planned,
+    config_from,
+    open_tensors,
+    read_rows,
+    shapes,
+    source_shapes,
+    write_checkpoint,
+)
 from model import DTYPES, ModelConfig
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -203,7 +211,7 @@ def main():
            (out.exists(), f"--out {out} exists; remove it or choose another"))
     check_writable(out)
     hf = read_json(source / "config.json")
-    config = ModelConfig.from_dict(hf, source / "config.json")
+    config = config_from(hf, source / "config.json")
     planned, tokenizer = plan(source, config, DTYPES[args.dtype]), convert_tokenizer(source)
     # transformers 5 writes the key "dtype" instead.
     hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}

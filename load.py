@@ -101,7 +101,7 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
 
     draft_dtype: default dtype. speculate_k: must be below the context. Raises UserError.
     """
-    config, tokenizer = ModelConfig.from_dir(target), Tokenizer.from_dir(target)
+    config, tokenizer = checkpoint.read_config(target), Tokenizer.from_dir(target)
     if draft:
         draft_config = check_draft(target, draft, tokenizer)
         context = min(config.max_seq_len, draft_config.max_seq_len)
@@ -118,7 +118,7 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
 
 def check_draft(target, draft, tokenizer: Tokenizer) -> ModelConfig:
     """The draft's config; raises UserError unless draft and target share their tokens."""
-    config, draft_config = ModelConfig.from_dir(target), ModelConfig.from_dir(draft)
+    config, draft_config = checkpoint.read_config(target), checkpoint.read_config(draft)
     refuse(
         (draft_config.vocab_size != config.vocab_size, f"draft {draft} has a vocabulary of "
          f"{draft_config.vocab_size} tokens, target {target} one of {config.vocab_size}; "
@@ -131,7 +131,7 @@ def check_draft(target, draft, tokenizer: Tokenizer) -> ModelConfig:
 def load_judge(path, target) -> JudgeHead:
     """The judge in a file, for the checkpoint directory `target`; raises UserError for another's.
     """
-    config = ModelConfig.from_dir(target)
+    config = checkpoint.read_config(target)
     parent = config.quantization and config.quantization.parent
     return JudgeHead.load(path, config.dim, checkpoint.fingerprint(target), str(target), parent)
 

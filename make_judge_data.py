@@ -40,13 +40,12 @@ import torch
 from tqdm import tqdm
 
 import tp
-from checkpoint import fingerprint
+from checkpoint import fingerprint, read_config
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split
 from load import add_device_flags, load_models, resolve_device
-from model import ModelConfig
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
@@ -134,7 +133,7 @@ def check_fit(prompts: list[dict], models: dict[str, Path], chat: bool):
     """Refuse a prompt that leaves no room for an answer, before any model is loaded."""
     for name, directory in models.items():
         tokenizer = Tokenizer.from_dir(directory)
-        context = ModelConfig.from_dir(directory).max_seq_len
+        context = read_config(directory).max_seq_len
         for p in prompts:
             if (length := len(tokenizer.prompt(p["text"], chat))) >= context:
                 raise UserError(f"{p['where']}: the prompt has {length} tokens for {name}, whose "
@@ -240,7 +239,7 @@ class Miner:
         self.tasks = {name: task(allow_code_execution=args.allow_code_execution)
                       for name, task in TASKS.items()}
         self.tokenizer = Tokenizer.from_dir(args.target)
-        context = ModelConfig.from_dir(args.target).max_seq_len
+        context = read_config(args.target).max_seq_len
         self.prompts, longest = {}, 0
         for line in lines:
             key = line["prompt"], line["chat"]

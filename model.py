@@ -1,13 +1,10 @@
 """Llama in plain PyTorch: config, transformer, static KV cache. Nothing here knows of drafts.
 
-Covers Llama 2/3/3.1/3.2/3.3, Code Llama, TinyLlama, Mistral 7B and Qwen2/2.5, all built from
-`config.json`; a setting that changes the computation and is not implemented is refused by name.
+Covers Llama 2/3/3.1/3.2/3.3, Code Llama, TinyLlama, Mistral 7B and Qwen2/2.5; checkpoint.py makes
+the config from a `config.json` and refuses by name what is not implemented.
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
-
-from common import UserError, read_json, refuse
 
 import torch
 import torch.nn as nn
@@ -16,10 +13,6 @@ from torch import Tensor
 
 from linear import Quantization, linear, lm_head
 
-# Hugging Face's class: whether q, k and v have a bias when config.json does not say
-ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
-IMPLEMENTED = {"hidden_act": ("silu",), "mlp_bias": (False, None), "pretraining_tp": (1, None),
-               "quantization_config": (None,), "partial_rotary_factor": (1.0, None)}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -40,64 +33,6 @@ class ModelConfig:
     tied: bool
     qkv_bias: bool
     quantization: Quantization | None = None  # of the linear layers, see linear.py
-
-    @classmethod
-    def from_dict(cls, hf: dict, where="config.json"):
-        """Build from Hugging Face's keys.
-
-        Raises UserError naming a missing key or a setting that is not implemented.
-        """
-        def need(key):
-            if hf.get(key) is None:
-                raise UserError(f"{where}: key {key!r} is missing")
-            return hf[key]
-
-        arch = (hf.get("architectures") or [None])[0]
-        refuse(
-            (arch not in ARCHITECTURES, f"{where}: architecture {arch!r} is not supported "
-             f"(supported: {', '.join(ARCHITECTURES)})"),
-            *((hf.get(key, allowed[-1]) not in allowed, f"{where}: {key} = {hf.get(key)!r} is not "
-               f"implemented (only {allowed[0]!r} is)") for key, allowed in IMPLEMENTED.items()),
-            (arch != "Qwen2ForCausalLM" and hf.get("attention_bias"), f"{where}: attention_bias "
-             f"with {arch} puts a bias on o_proj too, which is not implemented"))
-        n_head, dim, context = map(need, ("num_attention_heads", "hidden_size",
-                                          "max_position_embeddings"))
-        n_kv_head = hf.get("num_key_value_heads") or n_head
-        # Mistral has a window whenever the key is there; Qwen2 only if it says so.
-        windowed = hf.get("use_sliding_window", arch == "MistralForCausalLM")
-        window = hf.get("sliding_window") if windowed else None
-        theta, scaling = rope_settings(hf, where)
-        refuse((n_head % n_kv_head, f"{where}: num_attention_heads {n_head} is not a multiple of "
-                f"num_key_value_heads {n_kv_head}"))
-        return cls(
-            vocab_size=need("vocab_size"), dim=dim, n_layer=need("num_hidden_layers"),
-            n_head=n_head, n_kv_head=n_kv_head, head_dim=hf.get("head_dim") or dim // n_head,
-            ffn_dim=need("intermediate_size"), norm_eps=need("rms_norm_eps"), rope_theta=theta,
-            rope_scaling=scaling, max_seq_len=min(context, window or context),
-            sliding_window=window, tied=bool(hf.get("tie_word_embeddings", False)),
-            qkv_bias=ARCHITECTURES[arch],
-            quantization=Quantization.from_dict(hf.get("quantization"), where))
-
-    @classmethod
-    def from_dir(cls, checkpoint_dir):
-        path = Path(checkpoint_dir) / "config.json"
-        return cls.from_dict(read_json(path), path)
-
-
-def rope_settings(hf: dict, where) -> tuple[float, dict | None]:
-    """(theta, Llama 3.1's scaling or None) from rope_theta + rope_scaling or rope_parameters."""
-    rope = hf.get("rope_parameters") or {}
-    scaling = {**(hf.get("rope_scaling") or {}), **rope}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    missing = [k for k in keys if k not in scaling]
-    refuse((kind != "llama3", f"{where}: rope type {kind!r} is not implemented (only 'default' and "
-            "'llama3' are)"),
-           (missing, f"{where}: rope type 'llama3' needs {', '.join(map(repr, missing))}"))
-    return theta, {k: scaling[k] for k in keys}
 
 
 def rope_table(c: ModelConfig, length: int, device=None) -> Tensor:

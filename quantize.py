@@ -22,6 +22,7 @@ from torch import Tensor
 from checkpoint import (
     PLAIN,
     Planned,
+    config_from,
     fingerprint,
     open_tensors,
     read_rows,
@@ -92,12 +93,12 @@ def main():
     source, out = args.checkpoint_dir, args.out
     refuse((not source.is_dir(), f"--checkpoint_dir {source} is not a directory"))
     hf = read_json(source / "config.json")
-    config = ModelConfig.from_dict(hf, source / "config.json")
+    config = config_from(hf, source / "config.json")
     if q := config.quantization:
         raise UserError(f"{source} is quantized to {q.mode} already; quantize the checkpoint that "
                         "it was made from")
     hf["quantization"] = asdict(Quantization(args.mode, args.group_size, fingerprint(source)))
-    planned = plan(source, config, ModelConfig.from_dict(hf, source / "config.json"))
+    planned = plan(source, config, config_from(hf, source / "config.json"))
     tokenizer = {name: (source / name).read_bytes()
                  for name in ("tokenizer.model", "tokenizer_special.json")
                  if (source / name).exists()}

@@ -22,14 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoint import fingerprint, load
+from checkpoint import fingerprint, load, read_config
 from evaluation.report import table
 from judge import JudgeHead, above_threshold
 from judge_data import report
 from judge_data.data import Encoded, encode, read_data, split
 from judge_data.features import hidden_states, made_of, read_features, save_features
 from load import add_device_flags, resolve_device
-from model import DTYPES, ModelConfig
+from model import DTYPES
 from tokenizer import Tokenizer
 
 PATIENCE = 10  # epochs without a better one
@@ -284,7 +284,7 @@ def main():
     examples = read_data(args.data)
     train, val = parts(examples, args)
     encoded = encode(Tokenizer.from_dir(args.target), examples,
-                     ModelConfig.from_dir(args.target).max_seq_len, args.chat)
+                     read_config(args.target).max_seq_len, args.chat)
     y, y_val = labels_of(encoded, train), labels_of(encoded, val)
     check_labels(y, y_val, args.data)
 

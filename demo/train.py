@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from checkpoint import config_from
 from demo.corpus import LETTERS, problems, render
-from model import ModelConfig, Transformer, apply_rope, rope_table
+from model import Transformer, apply_rope, rope_table
 
 SEQ = 256  # row length in training
 SIZES = {
@@ -153,7 +154,7 @@ def train(which, tokenizer, minutes, batch, lr, seed, weights, dtype, start_from
     `keep(model)` is called every 100 steps.
     """
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_dict(config_json(which, tokenizer.vocab_size())))
+    model = Transformer(config_from(config_json(which, tokenizer.vocab_size())))
     init(model)
     if start_from:
         weights_before = load_file(start_from / "model.safetensors")

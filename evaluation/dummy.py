@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import checkpoint
+from checkpoint import config_from
 from linear import prepare
-from model import ModelConfig, Transformer
+from model import Transformer
 
 
 def llama3(dim, n_layer, n_head, ffn_dim, factor=8.0, tied=False):
@@ -74,7 +75,7 @@ def size(*tensors: Tensor) -> int:
 def skeleton(source: Source, dtype, device="meta") -> Transformer:
     """The model with weights not filled; on "meta" without memory for them, to count with."""
     with made_on(device, dtype):
-        return Transformer(ModelConfig.from_dict(source.config, source.name))
+        return Transformer(config_from(source.config, source.name))
 
 
 def describe(source: Source, dtype) -> dict:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import sources
-from model import ModelConfig, Transformer
+from checkpoint import config_from, sources
+from model import Transformer
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +48,7 @@ def randomize(model, scale=0.2):
 def random_model(config: dict, seed=0, scale=0.2) -> Transformer:
     """A float32 model of random weights."""
     torch.manual_seed(seed)
-    return randomize(Transformer(ModelConfig.from_dict(config)), scale)
+    return randomize(Transformer(config_from(config)), scale)
 
 
 def hf_to_ours(state: dict, model: Transformer) -> dict:
@@ -109,8 +109,7 @@ LINUX = Path("/proc/self/status").exists()
 PEAK = """
 import threading, torch
 from pathlib import Path
-from checkpoint import shapes, write_weights
-from model import ModelConfig
+from checkpoint import config_from, read_config, shapes, write_weights
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

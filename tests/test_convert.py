@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Reference
 
 import checkpoint
 import convert_hf_checkpoint
-from checkpoint import load, write_weights
+from checkpoint import load, read_config, write_weights
 from convert_hf_checkpoint import convert_tokenizer_json, plan
 from helpers import (
     LINUX,
@@ -32,7 +32,6 @@ from helpers import (
     run_command,
     strings,
 )
-from model import ModelConfig
 from tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIAL, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -122,7 +121,7 @@ def test_shards_and_dtypes(tmp_path, monkeypatch, kind, chunk):
         out = tmp_path / str(dtype)
         out.mkdir()
         shutil.copy(tmp_path / "hf" / "config.json", out)
-        write_weights(plan(tmp_path / "hf", ModelConfig.from_dir(tmp_path / "hf"), dtype), out,
+        write_weights(plan(tmp_path / "hf", read_config(tmp_path / "hf"), dtype), out,
                       shard_bytes=100_000)
         files = sorted(out.glob("*.safetensors"))
         shards = {f.name: load_file(f) for f in files}  # the official reader takes what we wrote
@@ -413,7 +412,7 @@ def large(tmp_path_factory):
 def test_memory_does_not_grow_with_the_model(large, tmp_path):
     peak = peak_memory(f"""
 from convert_hf_checkpoint import plan
-config = ModelConfig.from_dir({str(large)!r})
+config = read_config({str(large)!r})
 shapes(config)  # the first use of the meta device loads about 70 MB of torch's Python
 measure(lambda: write_weights(plan({str(large)!r}, config, torch.float32),
                               Path({str(tmp_path)!r}), shard_bytes=40_000_000))

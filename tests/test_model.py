@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from checkpoint import fingerprint, load, shapes
+from checkpoint import config_from, fingerprint, load, shapes
 from helpers import (
     ROOT,
     edit_weights,
@@ -22,7 +22,7 @@ from helpers import (
     tiny_config,
 )
 from linear import dense, packs
-from model import ModelConfig, Transformer, rope_table
+from model import Transformer, rope_table
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=32)
@@ -49,7 +49,7 @@ def both(request):
     hf_config = getattr(transformers, f"{family}Config")(**SMALL, **settings)
     theirs = randomize(getattr(transformers, f"{family}ForCausalLM")(hf_config))
     hf = theirs.config.to_dict() | {"architectures": [f"{family}ForCausalLM"]}
-    ours = Transformer(ModelConfig.from_dict(hf)).eval().requires_grad_(False)
+    ours = Transformer(config_from(hf)).eval().requires_grad_(False)
     ours.load_state_dict(hf_to_ours(theirs.state_dict(), ours))
     return ours, theirs
 
@@ -152,7 +152,7 @@ PUBLISHED = {  # name: (config.json, parameters, context)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_config(name):
     hf, parameters, context = PUBLISHED[name]
-    config = ModelConfig.from_dict(hf)
+    config = config_from(hf)
     sizes = shapes(config)
     assert sum(shape.numel() for shape in sizes.values()) == parameters
     assert config.max_seq_len == context
@@ -168,14 +168,14 @@ def test_head_dim_that_is_not_dim_over_heads():
     nemo = PUBLISHED["Mistral-7B-v0.3"][0] | dict(  # as Mistral Nemo
         hidden_size=5120, head_dim=128, num_hidden_layers=40, max_position_embeddings=131072,
         vocab_size=131072)
-    sizes = shapes(ModelConfig.from_dict(nemo))
+    sizes = shapes(config_from(nemo))
     assert sum(shape.numel() for shape in sizes.values()) == 12_247_782_400
     assert sizes["layers.0.attn.wo.weight"] == (5120, 4096)
 
 
 def test_both_spellings_of_the_rope_settings():
     def table(**changes):
-        return rope_table(ModelConfig.from_dict(tiny_config(**changes)), 100)
+        return rope_table(config_from(tiny_config(**changes)), 100)
 
     old = table(rope_theta=5e4, rope_scaling=LLAMA3_ROPE)
     older = {"type" if k == "rope_type" else k: v for k, v in LLAMA3_ROPE.items()}
@@ -207,7 +207,7 @@ def test_both_spellings_of_the_rope_settings():
 ])
 def test_what_is_not_implemented_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
-        ModelConfig.from_dict(tiny_config(**changes))
+        config_from(tiny_config(**changes))
 
 
 def test_sliding_window_ends_the_context_where_it_would_matter():
@@ -215,7 +215,7 @@ def test_sliding_window_ends_the_context_where_it_would_matter():
                                    ("Qwen2", {"use_sliding_window": False}, 128),
                                    ("Qwen2", {"use_sliding_window": True}, 50)):
         config = tiny_config(architectures=[f"{arch}ForCausalLM"], sliding_window=50, **changes)
-        assert ModelConfig.from_dict(config).max_seq_len == context
+        assert config_from(config).max_seq_len == context
 
 
 # ---------------------------------------------------------------- loading

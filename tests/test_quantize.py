@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import linear
 import quantize
-from checkpoint import fingerprint, load, shapes
+from checkpoint import config_from, fingerprint, load, read_config, shapes
 from engine import Engine, LlamaDrafter, generate
 from helpers import (
     LINUX,
@@ -34,7 +34,6 @@ from helpers import (
 )
 from judge import JudgeHead
 from linear import MODES, Fp8Linear, Int4Linear, Int8Linear, Quantization
-from model import ModelConfig
 
 LAYERS = {"int8": (Int8Linear, None), **{f"int4 {g}": (Int4Linear, g) for g in linear.GROUP_SIZES},
           "fp8": (Fp8Linear, None)}
@@ -319,7 +318,7 @@ def test_the_judge_of_the_parent_and_of_the_child(tmp_path, monkeypatch):
                                          (stranger, child, False), (stranger, source, False)):
         judge = tmp_path / "j.safetensors"
         JudgeHead(torch.zeros(1, 128), torch.zeros(1), 0.5, fingerprint(trained_on)).save(judge)
-        q = ModelConfig.from_dir(used_with).quantization
+        q = read_config(used_with).quantization
         args = judge, 128, fingerprint(used_with), "the target", q and q.parent
         if taken:
             JudgeHead.load(*args)
@@ -350,7 +349,7 @@ def test_generate_takes_the_demo_quantized_with_the_judge_of_its_parent(tmp_path
 def test_memory_does_not_grow_with_the_model(tmp_path, mode, group_size):
     hf = tiny_config(vocab_size=16, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
                      num_key_value_heads=8, intermediate_size=4096)
-    config = ModelConfig.from_dict(hf)
+    config = config_from(hf)
     (tmp_path / "config.json").write_text(json.dumps(hf))
     save_file({name: torch.ones(shape, dtype=torch.bfloat16)
                for name, shape in shapes(config).items()}, tmp_path / "model.safetensors")
@@ -362,8 +361,8 @@ import checkpoint
 from quantize import plan
 checkpoint.CHUNK //= 16  # 1 MB as float32
 hf, source = {hf!r}, Path({str(tmp_path)!r})
-child = ModelConfig.from_dict(hf | {{"quantization": {quantization!r}}})
-planned = plan(source, ModelConfig.from_dict(hf), child)  # loads torch's Python for the meta device
+child = config_from(hf | {{"quantization": {quantization!r}}})
+planned = plan(source, config_from(hf), child)  # loads torch's Python for the meta device
 measure(lambda: write_weights(planned, source / "q"))
 """)
     shutil.rmtree(tmp_path)

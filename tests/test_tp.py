@@ -16,10 +16,9 @@ import torch
 from safetensors import safe_open
 
 import tp
-from checkpoint import fingerprint, load
+from checkpoint import config_from, fingerprint, load
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
-from model import ModelConfig
 from test_generate import ROOT
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -105,7 +104,7 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
     shares = []
     for r in range(2):
         in_rank(monkeypatch, r)
-        read = tp.read_share(ModelConfig.from_dict(config))
+        read = tp.read_share(config_from(config))
         with safe_open(path, "pt") as f:
             shares.append({name: read(f, name) for name in f.keys()})
         local = load(tmp_path / "m", "cpu", torch.float32, build=tp.share, read=read)
@@ -137,7 +136,7 @@ def test_what_does_not_divide_is_refused_before_a_weight_is_read(tmp_path, monke
                             ({"num_key_value_heads": 4, "vocab_size": 100, "intermediate_size": 98},
                              "98 feed-forward units")):
         with pytest.raises(UserError, match=f"some/dir has {what}, not divisible by 4 processes"):
-            tp.check(ModelConfig.from_dict(tiny_config(**overrides)), "some/dir")
+            tp.check(config_from(tiny_config(**overrides)), "some/dir")
     done = torchrun(ROOT / "generate.py", *ALONE, n=3)
     assert done.returncode != 0 and "error: " in done.stderr
     assert "not divisible by 3 processes" in done.stderr
