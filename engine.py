@@ -78,7 +78,7 @@ def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
 
 def play_round(e: "Engine", span: int):
     """One round on the device, from e.outcome to e.outcome; attention looks at `span` positions."""
-    k, s, state = e.speculate_k, e.settings, unpack(e.outcome, e.speculate_k).state
+    k, s, state = e.speculate_k, e.settings, e.state
 
     # 1. draft: K tokens, and the logits they come from where acceptance compares them
     drafted, draft_logits = state.last[:0], None
@@ -227,6 +227,7 @@ class Engine:
         self.cache, self.tokens, self.read_len, self.capacity = None, [], 0, 0
         size = 2 * self.speculate_k + 6
         self.outcome = torch.zeros(size, dtype=torch.long, device=self.device)  # packed
+        self.state = unpack(self.outcome, self.speculate_k).state  # views of it
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
         self.agree = lambda t: t  # under tensor parallelism: rank 0's t for all ranks
 
