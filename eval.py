@@ -53,6 +53,7 @@ from judge import RULES
 from load import (
     Loaded,
     add_device_flags,
+    dtype_name,
     load_models,
     parse_rule,
     resolve_device,
@@ -76,7 +77,7 @@ def settings_of(args) -> dict:
         "judge": args.judge and file_hash(args.judge), "speculate_k": args.speculate_k,
         "chat": args.chat, "compile": args.compile, "processes": args.processes,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "dtype": str(args.dtype).removeprefix("torch."), "rules": args.rules,
+        "dtype": dtype_name(args.dtype), "rules": args.rules,
         "target_name": args.target.resolve().name,
         "draft_name": args.draft and args.draft.resolve().name,
     }

@@ -36,6 +36,11 @@ def resolve_device(args: argparse.Namespace):
         args.draft_dtype = DTYPES[args.draft_dtype] if args.draft_dtype else args.dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as --dtype takes it: bfloat16, float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 # ---------------------------------------------------------------- rules
 
 def rule_forms(plain=()) -> list[str]:

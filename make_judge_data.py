@@ -36,7 +36,6 @@ from common import (
     saved_settings,
 )
 
-import torch
 from tqdm import tqdm
 
 import tp
@@ -45,7 +44,7 @@ from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split
-from load import add_device_flags, load_models, resolve_device
+from load import add_device_flags, dtype_name, load_models, resolve_device
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
@@ -65,10 +64,6 @@ def open_log(path: Path, settings: dict) -> AnswerLog:
         raise UserError(f"{path} was made with other settings: {'; '.join(changed)}. Take another "
                         "--out, or remove this one")
     return AnswerLog(path, settings | {"models": old | new}, about)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------- generate

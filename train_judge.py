@@ -28,7 +28,7 @@ from judge import JudgeHead, above_threshold
 from judge_data import report
 from judge_data.data import Encoded, encode, read_data, split
 from judge_data.features import hidden_states, made_of, read_features, save_features
-from load import add_device_flags, resolve_device
+from load import add_device_flags, dtype_name, resolve_device
 from model import DTYPES
 from tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ def get_features(args, encoded: list[Encoded]) -> Tensor:
     """
     made = None
     if args.features:
-        made = made_of(encoded, args.target, str(args.dtype).removeprefix("torch."))
+        made = made_of(encoded, args.target, dtype_name(args.dtype))
         if args.features.exists():
             return read_features(args.features, made, args.target, args.data,
                                  args.features_dtype).float()

@@ -12,6 +12,7 @@ from torch import Tensor
 import checkpoint
 from checkpoint import config_from
 from linear import prepare
+from load import dtype_name
 from model import Transformer
 
 
@@ -85,7 +86,7 @@ def describe(source: Source, dtype) -> dict:
     weights = size(*model.parameters(), *model.buffers())
     return {"name": source.name, "weights": "real" if source.directory else "dummy",
             "quant": (source.config.get("quantization") or {}).get("mode"),
-            "dtype": str(dtype).removeprefix("torch."), "bytes": weights,
+            "dtype": dtype_name(dtype), "bytes": weights,
             "parameters": sum(p.numel() for p in plain.parameters()),
             "bytes_read": weights - (0 if model.config.tied else size(model.embed.weight))}
 
