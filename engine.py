@@ -270,8 +270,8 @@ class Engine:
 
     def set_state(self, room: int):
         """Copy the last tokens and the position to the device; the next round may keep `room`."""
-        state = [*self.tokens[-2:], len(self.tokens), room]
-        self.outcome[-4:].copy_(torch.tensor(state))
+        for part, value in zip(self.state, (self.tokens[-2:], [len(self.tokens)], [room])):
+            part.copy_(torch.tensor(value))
 
     def noise(self, rows: int) -> Tensor | None:
         """What `judge.sample` draws with, float32 [rows, V]; None when greedy."""

@@ -108,7 +108,7 @@ def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k):
     assert B.play(engine, prompt, counts, B.simulate(engine)) > 0
     assert len(engine.tokens) == len(prompt) + 1 + sum(counts) + len(counts)
     # and not one token more was left to keep
-    assert engine.outcome[-4:].tolist() == [*engine.tokens[-2:], len(engine.tokens), -1]
+    assert torch.cat(engine.state).tolist() == [*engine.tokens[-2:], len(engine.tokens), -1]
     length = engine.read_len
     with torch.inference_mode():
         for model in (target, draft):

@@ -122,8 +122,8 @@ def test_caches_hold_what_a_fresh_prefill_would(draft, accept):
         engine.prefill(tokens(9), 100)
         for _ in range(9):
             a, new, _ = engine.round()
-            assert len(new) == a + 1 and engine.outcome[-4:-1].tolist() == [
-                *engine.tokens[-2:], len(engine.tokens)]
+            assert len(new) == a + 1
+            assert torch.cat(engine.state[:2]).tolist() == [*engine.tokens[-2:], len(engine.tokens)]
             length = engine.read_len
             assert length >= len(engine.tokens) - 1 - (a == 5)
             for model, cache in ((target, engine.cache), (small, engine.drafter.cache)):
@@ -205,8 +205,8 @@ def test_nothing_is_written_past_the_cache_and_the_context_is_filled_exactly():
     small = random_model(tiny_config(max_position_embeddings=50), seed=3)
     engine = make(models()["target"], small, speculate_k=16)
     r = generate(engine, tokens(20), 1000)
-    assert len(r.tokens) == 30 and engine.capacity == 50 + 16 and engine.outcome[
-        -1] == -1 and r.tokens == alone(tokens(20), 30)
+    assert len(r.tokens) == 30 and engine.capacity == 50 + 16 and engine.state.room == -1
+    assert r.tokens == alone(tokens(20), 30)
     with pytest.raises(UserError, match="50 tokens and the context 50"):
         generate(engine, tokens(50), 10)
 
