@@ -19,7 +19,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common import AnswerLog, Line, UserError, check_writable, json_lines, refuse, run
-
 from judge_data.data import check_texts, is_error
 
 PAGE = Path(__file__).with_name("judge_data") / "annotate.html"

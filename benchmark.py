@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from statistics import mean, median
 
-from common import UserError, check_writable, json_lines, refuse, run, write_json
-
 import torch
 
 import graphs
+from common import UserError, check_writable, json_lines, refuse, run, write_json
 from engine import Engine, LlamaDrafter, State, generate, next_state, pack, power_of_two, unpack
 from evaluation.benchmark_report import SIMULATED, plot, report
 from evaluation.dummy import PRESETS, build, check_memory, describe, find, size, skeleton
@@ -332,7 +331,9 @@ def parse_args(argv=None):
     args.target = find(args.target, args.target_quant, "target")
     args.draft = find(args.draft, args.draft_quant, "draft")
     most = max(args.speculate_k)
-    args.accepted = args.accepted or [a for a in ACCEPTED if a < most]
+    refuse((args.speculate_k[0] < 1,
+            f"--speculate_k {args.speculate_k[0]}: it must be at least 1"))
+    args.accepted = args.accepted or [a for a in ACCEPTED if a < most] or [most / 2]
     args.rules = rule_list(args.rules or "standard" + (",judge" if args.judge else ""))
     check_args(args, most)
     resolve_device(args)
@@ -344,7 +345,6 @@ def check_args(args, most: int):
     real, lacking = args.target.directory and args.draft.directory, importlib.util.find_spec
     judged = next((r for r in args.rules if RULES[parse_rule(r)[0]].needs_judge), None)
     refuse(
-        (args.speculate_k[0] < 1, f"--speculate_k {args.speculate_k[0]}: it must be at least 1"),
         (not 0 < args.accepted[0] <= args.accepted[-1] <= most,
          f"--accepted must be above 0 and at most the largest K, {most}"),
         (args.max_new_tokens < 2,

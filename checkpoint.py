@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, open_weights, read_json, refuse, replacing
-
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from common import UserError, open_weights, read_json, refuse, replacing
 from linear import Quantization, prepare
 from model import ModelConfig, Transformer
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +18,6 @@ try:
     import fcntl
 except ImportError:  # Windows: an answer log is not locked there
     fcntl = None
-
-# Nothing here needs NumPy, and PyTorch warns where it is not installed.
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 
 
 class UserError(Exception):
@@ -92,6 +88,14 @@ def replacing(path):
             shutil.rmtree(tmp)
         else:
             tmp.unlink(missing_ok=True)
+
+
+def make_directory(path):
+    """Make the directory of an --out, if it is not there; raises UserError if that fails."""
+    try:
+        Path(path).mkdir(exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
 
 
 def write_text(path, text: str):

@@ -13,8 +13,6 @@ import base64
 import json
 from pathlib import Path
 
-from common import UserError, check_writable, read_json, refuse, run
-
 import tiktoken
 import torch
 
@@ -27,6 +25,7 @@ from checkpoint import (
     source_shapes,
     write_checkpoint,
 )
+from common import UserError, check_writable, read_json, refuse, run
 from model import DTYPES, ModelConfig
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""

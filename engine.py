@@ -9,12 +9,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
-from common import refuse
-
 import torch
 from torch import Tensor
 
 import judge
+from common import refuse
 from judge import RULES, JudgeHead, Verified
 from model import Cache, Transformer
 
@@ -155,13 +154,15 @@ class Drafter:
     def read(self, tokens: Tensor, pos: Tensor, hidden: Tensor, span: int):
         """Take in tokens [S] at pos [S], with the target's states at them, hidden [S, D].
 
-        After a round: its last token and all K drafted; of the rejected, the positions come again.
+        After a round: the token it began with and all K drafted; rejected positions come again.
+        The target's new token is not among them: it is the state's last one.
         """
 
     def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
         """Tokens [k] to follow the text, and the logits [k, V] they were chosen from.
 
-        Without s.needs_draft_logits these may be None. noise [k, V] when sampling.
+        state.last is the text's end. Without s.needs_draft_logits the logits may be None; for a
+        certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling.
         """
         raise NotImplementedError  # every drafter has its own
 

@@ -27,23 +27,23 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+import torch
+
+import graphs
+import tp
+from checkpoint import fingerprint
 from common import (
     AnswerLog,
     UserError,
     check_writable,
     file_hash,
+    make_directory,
     refuse,
     run,
     saved_settings,
     write_json,
     write_text,
 )
-
-import torch
-
-import graphs
-import tp
-from checkpoint import fingerprint
 from engine import Engine, LlamaDrafter, generate
 from evaluation import report
 from evaluation.replay import read_texts, replay
@@ -238,7 +238,7 @@ def evaluate(args):
     if done:
         print(f"{progress.done} of {len(units)} answers are there already", file=sys.stderr)
     for answer in make_answers(args, examples, missing) if missing else ():
-        args.out.mkdir(exist_ok=True)
+        make_directory(args.out)
         log.append(answer)
         progress.add(answer)
     log.close()
@@ -300,7 +300,7 @@ def show_replay(args):
             f"{args.target.resolve().name}, K = {args.speculate_k}, greedy\n\n{table}\n")
     print(text, end="")
     if args.out:
-        args.out.mkdir(exist_ok=True)
+        make_directory(args.out)
         write_json(args.out / "replay.json", {"texts": len(texts), "tokens": total,
                                               "speculate_k": args.speculate_k, "rules": results})
         write_text(args.out / "replay.md", text)

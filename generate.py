@@ -13,10 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from common import check_writable, refuse, run, write_json
-
 import graphs
 import tp
+from common import check_writable, refuse, run, write_json
 from engine import Engine, LlamaDrafter, Result, generate
 from judge import RULES
 from load import add_device_flags, load_models, parse_rule, resolve_device, rule_help

@@ -5,10 +5,9 @@ import functools
 import os
 import shutil
 
-from common import UserError
-
 import torch
 
+from common import UserError
 from engine import Engine, LlamaDrafter
 
 UNROLL = 64  # draft steps times draft layers up to which all K steps are compiled as one graph

@@ -12,12 +12,12 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from common import UserError, open_weights, replacing
-
 import torch
 import torch.nn as nn
 from safetensors.torch import save
 from torch import Tensor
+
+from common import UserError, open_weights, replacing
 
 FORMAT = "1"
 SURE = 0.9  # kl: above this top-1 probability of the target only the standard test applies
@@ -81,7 +81,7 @@ class Rule(NamedTuple):
     accept: Callable[[Verified, float], Tensor]
     parameter: str = ""  # a letter for help and errors; "" without a parameter
     about: str = ""  # what is accepted and which parameters are valid
-    valid: Callable[[float], bool] = lambda x: False
+    valid: Callable[[float], bool] = lambda x: True
     default: float | None = None  # None: the parameter must be given, or is the judge file's
     needs_draft_logits: bool = False
     needs_judge: bool = False

@@ -7,12 +7,12 @@ many (a prompt), compiled or eager. quantize.py writes the tensors.
 """
 from dataclasses import dataclass
 
-from common import UserError
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from common import UserError
 
 quantized_matmul = None
 if torch.cuda.is_available():  # Triton is slow to import, and of no use without a GPU

@@ -5,12 +5,11 @@ import argparse
 import math
 from typing import NamedTuple
 
-from common import UserError, refuse
-
 import torch
 
 import checkpoint
 import tp
+from common import UserError, refuse
 from judge import RULES, JudgeHead, Rule, nothing_more
 from model import DTYPES, ModelConfig, Transformer
 from tokenizer import Tokenizer

@@ -23,6 +23,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from tqdm import tqdm
+
+import tp
+from checkpoint import fingerprint, read_config
 from common import (
     AnswerLog,
     Line,
@@ -35,11 +39,6 @@ from common import (
     run,
     saved_settings,
 )
-
-from tqdm import tqdm
-
-import tp
-from checkpoint import fingerprint, read_config
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
 from judge_data import mining

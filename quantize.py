@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from common import UserError, check_writable, read_json, refuse, run
-
 import torch
 from torch import Tensor
 
@@ -30,6 +28,7 @@ from checkpoint import (
     weight_files,
     write_checkpoint,
 )
+from common import UserError, check_writable, read_json, refuse, run
 from linear import GROUP_SIZES, MODES, Quantization, QuantizedLinear
 from model import ModelConfig, Transformer
 

@@ -12,10 +12,10 @@ import unicodedata
 from datetime import datetime
 from pathlib import Path
 
-from common import UserError, read_bytes, read_json
-
 import sentencepiece
 import tiktoken
+
+from common import UserError, read_bytes, read_json
 
 # How Llama 3 splits text before merging: contractions, words with one leading sign, up to three
 # digits, signs, line ends, spaces.

@@ -8,8 +8,6 @@ import os
 import sys
 from dataclasses import replace
 
-from common import UserError
-
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -17,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import UserError
 from model import ModelConfig, Transformer
 
 # The newer name, and the older.

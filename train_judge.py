@@ -16,13 +16,13 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError, check_writable, refuse, run, write_text
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tp
 from checkpoint import fingerprint, load, read_config
+from common import UserError, check_writable, refuse, run, write_text
 from evaluation.report import table
 from judge import JudgeHead, above_threshold
 from judge_data import report
@@ -252,7 +252,8 @@ def check_args(args):
         (args.weight_decay is not None and not 0 <= args.weight_decay < math.inf,
          f"--weight_decay is {args.weight_decay}; it must be at least 0"),
         (not 0 < args.lr < math.inf, f"--lr is {args.lr}; it must be above 0"),
-        (args.epochs < 1, f"--epochs is {args.epochs}; it must be at least 1"))
+        (args.epochs < 1, f"--epochs is {args.epochs}; it must be at least 1"),
+        (tp.world() > 1, "train_judge.py does not run under torchrun; start it with python"))
     paths = [path for path in (args.out, args.report, args.features) if path]
     for path in paths:
         check_writable(path)

@@ -17,11 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import run, write_text
-
 import torch
 from tqdm import tqdm
 
+from common import run, write_text
 from demo.corpus import TASKS, first_error, problems
 from demo.pair import MAX_NEW_TOKENS, make_engine
 from engine import generate

@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common import replacing, run
-
 from demo.corpus import SPLITS, TASKS, problems, render
 
 

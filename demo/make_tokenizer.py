@@ -10,10 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import run
-
 import sentencepiece
 
+from common import run
 from demo.corpus import TASKS, problems, render
 
 

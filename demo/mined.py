@@ -26,10 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import UserError, json_lines, run, write_text
-
 import torch
 
+from common import UserError, json_lines, run, write_text
 from demo.corpus import TASKS, first_error, problems
 from demo.pair import HOME
 from evaluation.report import table

@@ -1,10 +1,9 @@
 """The demo pair as it ships: its models, its held-out problems, and an engine for each rule."""
 from pathlib import Path
 
-from common import json_lines
-
 import torch
 
+from common import json_lines
 from demo.corpus import TASKS
 from engine import Engine, LlamaDrafter
 from load import Loaded, load_models, parse_rule

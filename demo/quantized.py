@@ -18,11 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import run
-
 import torch
 import torch.nn.functional as F
 
+from common import run
 from demo.corpus import TASKS, problems, render
 from demo.pair import HOME
 from load import load_models

@@ -19,14 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import replacing, run, write_json
-
 import sentencepiece
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from checkpoint import config_from
+from common import replacing, run, write_json
 from demo.corpus import LETTERS, problems, render
 from model import Transformer, apply_rope, rope_table
 

@@ -4,13 +4,12 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from common import read_json, refuse
-
 import torch
 from torch import Tensor
 
 import checkpoint
 from checkpoint import config_from
+from common import read_json, refuse
 from linear import prepare
 from load import dtype_name
 from model import Transformer

@@ -10,11 +10,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from common import UserError, json_lines
-
 import torch
 from tqdm import tqdm
 
+from common import UserError, json_lines
 from judge import RULES, Verified, accept_mask, top1_match
 from load import Loaded, parse_rule
 

@@ -13,7 +13,6 @@ from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from common import UserError, json_lines
-
 from demo.check import is_right
 from evaluation.sandbox import run_python
 

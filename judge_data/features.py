@@ -3,14 +3,13 @@ import hashlib
 import json
 from pathlib import Path
 
-from common import UserError, open_weights, replacing
-
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import fingerprint
+from common import UserError, open_weights, replacing
 from judge_data.data import Encoded
 from model import DTYPES, Transformer
 

@@ -20,14 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import json_lines  # noqa: E402
-
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 
 import benchmark as B  # noqa: E402
 import linear  # noqa: E402
 from checkpoint import load  # noqa: E402
+from common import json_lines  # noqa: E402
 from engine import Engine, LlamaDrafter, State, generate  # noqa: E402
 from evaluation.dummy import PRESETS, Source, build, describe, size  # noqa: E402
 from graphs import RECOMPILE_LIMIT, compile_engine, record, warm_up  # noqa: E402

@@ -6,13 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import run
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import config_from, sources
+from common import run
 from model import Transformer
 
 ROOT = Path(__file__).parents[1]

@@ -19,12 +19,11 @@ import urllib.request
 from contextlib import closing
 from pathlib import Path
 
-from common import AnswerLog, UserError
-
 import pytest
 import torch
 
 from annotate import Annotation, Doubt, stretches
+from common import AnswerLog, UserError
 from judge_data.data import read_data
 
 ROOT = Path(__file__).parents[1]

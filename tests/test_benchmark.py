@@ -11,12 +11,11 @@ from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
-from common import UserError
-
 import pytest
 import torch
 
 import benchmark as B
+from common import UserError
 from engine import Engine, generate
 from evaluation import dummy as D
 from evaluation import hf_peer

@@ -2,9 +2,9 @@
 import gzip
 import json
 
-from common import AnswerLog, UserError, json_lines, read_json, saved_settings
-
 import pytest
+
+from common import AnswerLog, UserError, json_lines, read_json, saved_settings
 
 
 @pytest.mark.parametrize("data", [

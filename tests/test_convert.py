@@ -8,9 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import common
-from common import UserError
-
 import pytest
 import torch
 import transformers
@@ -19,8 +16,10 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Reference
 
 import checkpoint
+import common
 import convert_hf_checkpoint
 from checkpoint import load, read_config, write_weights
+from common import UserError
 from convert_hf_checkpoint import convert_tokenizer_json, plan
 from helpers import (
     LINUX,

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import AnswerLog, UserError
-
 import pytest
 import torch
 
 import checkpoint
 import engine
 import eval as E
+from common import AnswerLog, UserError
 from engine import Engine, LlamaDrafter, Settings, State, generate, unpack
 from evaluation import report
 from evaluation.replay import read_texts, replay_rounds

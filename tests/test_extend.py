@@ -4,14 +4,13 @@ is one object. Both are registered here, at run time, and no other code changes.
 import json
 import sys
 
-from common import UserError
-
 import pytest
 import torch
 
 import benchmark
 import eval as evaluate
 import generate as G
+from common import UserError
 from demo.pair import HOME
 from engine import Drafter, Engine, generate
 from judge import RULES, Rule, Verified

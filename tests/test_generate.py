@@ -6,14 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, run
-
 import pytest
 import torch
 
 import generate as G
 import judge
 from checkpoint import fingerprint
+from common import UserError, run
 from engine import Engine, LlamaDrafter, Settings, State, generate, verify_and_accept
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import RULES, JudgeHead, Rule, Verified

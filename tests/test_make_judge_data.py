@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 
-from common import AnswerLog, UserError
-
 import pytest
 import torch
 
 import checkpoint
 import make_judge_data as M
 import test_tokenizer
+from common import AnswerLog, UserError
 from engine import Engine, generate
 from evaluation.tasks import TASKS, Score
 from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config

@@ -3,13 +3,12 @@ import shutil
 import subprocess
 import sys
 
-from common import UserError
-
 import pytest
 import torch
 import transformers
 
 from checkpoint import config_from, fingerprint, load, shapes
+from common import UserError
 from helpers import (
     ROOT,
     edit_weights,

@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 
-from common import UserError
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +16,7 @@ import checkpoint
 import linear
 import quantize
 from checkpoint import config_from, fingerprint, load, read_config, shapes
+from common import UserError
 from engine import Engine, LlamaDrafter, generate
 from helpers import (
     LINUX,

@@ -14,10 +14,9 @@ import threading
 import time
 from pathlib import Path
 
-from common import UserError
-
 import pytest
 
+from common import UserError
 from evaluation import sandbox
 from evaluation.sandbox import LIMITS, OUTPUT, run_python
 

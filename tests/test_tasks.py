@@ -4,10 +4,9 @@ import json
 from decimal import Decimal
 from pathlib import Path
 
-from common import UserError
-
 import pytest
 
+from common import UserError
 from evaluation.tasks import TASKS, number
 
 ROOT = Path(__file__).parents[1]

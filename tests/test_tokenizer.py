@@ -4,12 +4,11 @@ import json
 import time
 from pathlib import Path
 
-from common import UserError
-
 import pytest
 import sentencepiece
 import transformers
 
+from common import UserError
 from helpers import strings
 from tokenizer import (
     LLAMA3_PATTERN,

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import time
 
-from common import UserError, read_json
-
 import pytest
 import torch
 from safetensors import safe_open
 
 import tp
 from checkpoint import config_from, fingerprint, load
+from common import UserError, read_json
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
 from test_generate import ROOT

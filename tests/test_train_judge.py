@@ -8,8 +8,6 @@ import shutil
 import subprocess
 import sys
 
-from common import UserError
-
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ import quantize
 import test_tokenizer
 import train_judge
 from checkpoint import fingerprint
+from common import UserError
 from helpers import ROOT, random_model, run_command, save_checkpoint, tiny_config
 from judge import JudgeHead, above_threshold
 from judge_data import features
