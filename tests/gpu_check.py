@@ -1,12 +1,14 @@
 """Short checks for a GPU at hand; each prints lines, and an error in one does not stop the rest.
 
     python tests/gpu_check.py smoke attn kernels passes round      # one H100: all but round
+    BLOCKS=1 python tests/gpu_check.py passes round                # compiled block by block
     DEV=cpu MODES=bf16 python tests/gpu_check.py smoke             # what a test runs without a GPU
 
 smoke: the demo pair, eager against float32 and recorded rounds against eager ones, in each of
 MODES. attn, kernels: attention backends, and quantized products in GB/s of weights. passes: single
 passes of real Llama shapes (70B from 2 and 6 layers, extrapolated to 80). round: 70B with 8B, whole
-rounds at a forced 19.7 accepted tokens (an H200's memory).
+rounds at a forced 19.7 accepted tokens (an H200's memory). With BLOCKS=1 passes and rounds compile
+one block for all layers and leave the rest of a pass eager: seconds of compiling, not minutes.
 """
 import json
 import os
@@ -29,14 +31,14 @@ from checkpoint import load  # noqa: E402
 from common import json_lines  # noqa: E402
 from engine import Engine, LlamaDrafter, State, generate  # noqa: E402
 from evaluation.dummy import PRESETS, Source, build, describe, size  # noqa: E402
-from graphs import RECOMPILE_LIMIT, compile_engine, record, warm_up  # noqa: E402
+from graphs import RECOMPILE_LIMIT, RecordedRounds, compile_engine, record, warm_up  # noqa: E402
 from judge import JudgeHead  # noqa: E402
 from load import load_judge  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 DEV = os.environ.get("DEV", "cuda")
 MODES = os.environ.get("MODES", "bf16,int8,int4,fp8").split(",")
-GPU, BF = DEV == "cuda", torch.bfloat16
+GPU, BF, BLOCKS = DEV == "cuda", torch.bfloat16, bool(os.environ.get("BLOCKS"))
 DEMO = ROOT / "checkpoints" / "demo"
 torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
 failed = 0
@@ -99,7 +101,9 @@ def smoke(mode):
     target, draft = load(where, DEV, BF), load(DEMO / "draft", DEV, BF)
     reference = load(DEMO / "target" if mode == "fp8" else where, "cpu", torch.float32)
     out = {"error": relative_errors(target, reference)}
-    assert max(out["error"].values()) < 0.1, out
+    # A CPU does not run fp8, so that is compared with the weights before quantization; the same
+    # rounding done in float32 there gives 0.07 to 0.15.
+    assert max(out["error"].values()) < (0.25 if mode == "fp8" else 0.1), out
     head = load_judge(DEMO / "judge.safetensors", where)
     cases = {"alone": {}, "standard": dict(draft=draft),
              "judge": dict(draft=draft, head=head, accept="judge")}
@@ -115,7 +119,7 @@ def smoke(mode):
         e = engine(**settings)
         eager[name] = [generate(e, p, 80, tokenizer.eos_ids).tokens for p in prompts]
         assert all(eager[name])
-        if GPU:
+        if GPU and (mode == "bf16" or name == "judge"):
             e = engine(**settings)
             compile_engine(e)
             warm_up(e, min(map(len, prompts)), max(map(len, prompts)) + 80)
@@ -190,6 +194,16 @@ def attention(group, rows, span):
 
 # ---------------------------------------------------------------- passes and rounds
 
+def compile_rounds(e):
+    """`graphs.compile_engine`, or with BLOCKS one compiled block for all layers, then recorded."""
+    if not BLOCKS:
+        return compile_engine(e)
+    for model in (e.target, *([e.drafter.model] if e.drafter else [])):
+        for layer in model.layers:
+            layer.compile(fullgraph=True, dynamic=False)
+    e.play = RecordedRounds(e.play)
+
+
 def dummy(preset, quant=None, layers=None):
     config = PRESETS[preset] | ({"num_hidden_layers": layers} if layers else {})
     if quant:
@@ -202,7 +216,7 @@ def dummy(preset, quant=None, layers=None):
 def one_pass(model, rows, span=256, profile=False) -> float:
     """Milliseconds of a verification of `rows` rows; one row is a decode step."""
     e = B.engine_on({model: model.new_cache(512)}, model, model if rows > 1 else None, k=rows - 1)
-    compile_engine(e)
+    compile_rounds(e)
     n = torch.tensor([128], device=DEV)
     state, drafted = State(n.new_zeros(2), n, n.new_zeros(1)), torch.arange(rows - 1, device=DEV)
     call = recorded(lambda: e.verify_and_accept(model, None, e.cache.first(span), e.settings, state,
@@ -238,22 +252,29 @@ def passes(preset, quant, read, depths, rows):
     return out
 
 
-def whole_round(target_quant, draft_quant, k=25, accepted=19.7, rounds=7):
-    target, draft = (dummy(name, quant)[0] for name, quant in (
-        ("llama-3.1-70b", target_quant), ("llama-3.1-8b", draft_quant)))
+def whole_rounds(target_quant, drafts=("int8", "int4", None), k=25, accepted=19.7, rounds=7):
+    """70B with its judge alone and with 8B drafts, each quantized in a way, in one process."""
+    target = dummy("llama-3.1-70b", target_quant)[0]
     head = JudgeHead(torch.randn(1, target.config.dim) / 90, torch.zeros(1), 0.5, "")
-    caches = {m: m.new_cache(1024) for m in (target, draft)}
-    runs, out = {"judge": B.draw_runs(B.rate_for(accepted, k), k, rounds), "alone": [0] * 100}, {}
-    for name, counts in runs.items():
-        e = B.engine_on(caches, target, draft, head, "judge", k) if name == "judge" else (
-            B.engine_on(caches, target))
-        compile_engine(e)
-        tell = B.simulate(e) if name == "judge" else lambda counts: None
+    runs, out = B.draw_runs(B.rate_for(accepted, k), k, rounds), {}
+    for name in ("alone", *drafts):
+        draft = None if name == "alone" else dummy("llama-3.1-8b", name)[0]
+        caches = {m: m.new_cache(1024) for m in (target, draft) if m}
+        counts = runs if draft else [0] * 100
+        e = B.engine_on(caches, target, draft, head, *(("judge", k) if draft else ()))
+        compile_rounds(e)
+        tell = B.simulate(e) if draft else lambda counts: None
         made = sum(counts) + len(counts)
         warm_up(e, 64, 65 + made)  # one span of 256: few graphs to compile
         seconds = sorted(B.play(e, list(range(5, 69)), counts, tell) for _ in range(4))[1]
+        name = name if name == "alone" else f"draft {name or 'bf16'}"
         out[name] = f"{made / seconds:.1f} tok/s, {1e3 * seconds / len(counts):.1f} ms a round"
-        print(name, out[name], f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB", flush=True)
+        print(name, out[name], *([f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB"] * GPU),
+              flush=True)
+        del e, draft, caches, tell
+        if GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     return out
 
 
@@ -281,7 +302,7 @@ def main(what):
                     [1, 26])
         attempt("8B int8 alone", passes, "llama-3.1-8b", "int8", read, [2, 6], [1])
     if "round" in what:
-        attempt("70B int8, draft 8B int8", whole_round, "int8", "int8")
+        attempt("70B int8 with 8B", whole_rounds, "int8")
     sys.exit(min(failed, 1))
 
 

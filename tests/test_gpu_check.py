@@ -37,5 +37,6 @@ def test_the_rest_fits_the_code(monkeypatch):
     monkeypatch.setattr(check, "recorded", lambda call: call)
     monkeypatch.setattr(check, "ms", lambda call, n=1: (call(), 1.0)[1])
     assert check.one_pass(check.dummy("llama-3.1-70b", "int8")[0], 26) == 1.0
-    assert check.whole_round("int8", None, k=5, accepted=3, rounds=4).keys() == {"judge", "alone"}
+    assert check.whole_rounds("int8", ("int8", None), k=5, accepted=3, rounds=4).keys() == {
+        "alone", "draft int8", "draft bf16"}
     assert set(check.kernels((64, 96), "int8")) == {1, 2, 17, 26, 33, 64}
