@@ -26,7 +26,8 @@ FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", t
 PLAIN = {FORMATS[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 SHARD_BYTES = 5 * 1024**3
 CHUNK = 4 * 1024**2  # weights read at a time: 16 MB as float32
-COPIED = ("generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+COPIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "chat_template.jinja")
 
 
 # Hugging Face's class: whether q, k and v have a bias when config.json does not say

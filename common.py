@@ -44,8 +44,13 @@ def run(main):
             sys.exit(130)
         if not isinstance(e, UserError):
             raise
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {visible(str(e))}", file=sys.stderr)
         sys.exit(2)
+
+
+def visible(text: str) -> str:
+    """The text with control characters and line ends escaped: it may come from a file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def refuse(*cases: tuple[object, str]):
@@ -112,15 +117,15 @@ def write_json(path, value):
 
 def read_json(path) -> dict:
     """The object in a JSON file; raises UserError naming the file."""
+    refuse((not Path(path).exists(), f"{path} does not exist"))
+    data = read_bytes(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(data.decode("utf-8"))
         if not isinstance(value, dict):
             raise ValueError("it is not an object")
         return value
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {not_the_file(data) or e}") from None
 
 
 def read_bytes(path) -> bytes:
@@ -128,6 +133,17 @@ def read_bytes(path) -> bytes:
         return Path(path).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def not_the_file(data: bytes) -> str | None:
+    """What stands where a file's content should be, if it is one of the usual things."""
+    if not data.strip():
+        return "it is empty"
+    if data.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file; git lfs pull brings that"
+    if data.lstrip()[:9].lower() in (b"<!doctype", b"<html>"):
+        return "it is a web page, not the file"
+    return None
 
 
 def file_hash(path) -> str:
@@ -191,6 +207,8 @@ def open_weights(path, device="cpu"):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as e:
+        with contextlib.suppress(OSError), open(path, "rb") as f:
+            e = not_the_file(f.read(1000)) or e
         raise UserError(f"{path} is damaged or truncated ({e}); fetch it again") from None
 
 

@@ -123,12 +123,13 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
 def check_draft(target, draft, tokenizer: Tokenizer) -> ModelConfig:
     """The draft's config; raises UserError unless draft and target share their tokens."""
     config, draft_config = checkpoint.read_config(target), checkpoint.read_config(draft)
+    other = Tokenizer.from_dir(draft)
     refuse(
         (draft_config.vocab_size != config.vocab_size, f"draft {draft} has a vocabulary of "
          f"{draft_config.vocab_size} tokens, target {target} one of {config.vocab_size}; "
          "speculation needs the same"),
-        (not tokenizer.same_as(Tokenizer.from_dir(draft)), f"draft {draft} and target {target} "
-         "have different tokenizers; speculation needs the same"))
+        (why := tokenizer.difference(other), f"draft {draft} and target {target} have different "
+         f"tokenizers: {why}; speculation needs the same"))
     return draft_config
 
 

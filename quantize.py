@@ -99,7 +99,7 @@ def main():
     hf["quantization"] = asdict(Quantization(args.mode, args.group_size, fingerprint(source)))
     planned = plan(source, config, config_from(hf, source / "config.json"))
     tokenizer = {name: (source / name).read_bytes()
-                 for name in ("tokenizer.model", "tokenizer_special.json")
+                 for name in ("tokenizer.json", "tokenizer.model")
                  if (source / name).exists()}
     write_checkpoint(source, out, planned, hf, tokenizer)
     before, after = (sum(f.stat().st_size for f in weight_files(d)) for d in (source, out))

@@ -1,281 +1,384 @@
-"""Text to token ids and back, SentencePiece or tiktoken; chat templates; stop strings.
+"""Text to token ids and back, as transformers does; chat templates; stop strings.
 
-The content of tokenizer.model says which of the two it is. Plain text never yields a special token:
-a user who types "<|eot_id|>" gets its characters, only the chat template's own text gives the
-token. Decoding works on bytes, so a stream never shows half a character.
+A checkpoint's tokenizer.json, or without one its tokenizer.model, becomes a tokenizer of the
+tokenizers library, with what the files beside it add. Text that a user types never becomes a
+special token: "<|eot_id|>" is its characters, only the chat template's own text gives the token. An
+id that no token has (checkpoints pad their embedding) is empty text.
 """
-import base64
-import codecs
+import functools
 import json
 import re
-import unicodedata
-from datetime import datetime
+import threading
 from pathlib import Path
 
-import sentencepiece
-import tiktoken
+import tokenizers
 
-from common import UserError, read_bytes, read_json
+from common import UserError, not_the_file, read_bytes, read_json, refuse, visible
+from text import model_file
+from text.template import TemplateError, render
 
-# How Llama 3 splits text before merging: contractions, words with one leading sign, up to three
-# digits, signs, line ends, spaces.
-LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-LLAMA3_SPECIAL = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248))]
-# tiktoken's time grows with the square of a run without a break, so longer runs are cut.
-RUN = 20_000
+# Noncharacters around a control string that a message holds, while the template renders.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
+
+# ---------------------------------------------------------------- what the files declare
+
+def optional_json(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
+def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
+    """tokenizer_config.json, and the added tokens that it or added_tokens.json names.
+
+    A token is {"content", "special", "lstrip", "rstrip", "single_word", "normalized"}. As in
+    transformers, special_tokens_map.json and added_tokens.json count only where tokenizer_config
+    .json has no added_tokens_decoder.
+    """
+    settings = optional_json(directory / "tokenizer_config.json")
+    table = settings.get("added_tokens_decoder")
+    if table is None:
+        settings |= optional_json(directory / "special_tokens_map.json")
+        special = {text for text in special_texts(settings)}
+        table = {i: {"content": text, "special": text in special, "normalized": text not in special}
+                 for text, i in optional_json(directory / "added_tokens.json").items()}
+    keys = "content", "special", "lstrip", "rstrip", "single_word", "normalized"
+    try:
+        return settings, {int(i): {k: token[k] for k in keys if k in token}
+                          for i, token in sorted(table.items(), key=lambda item: int(item[0]))}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{directory}: the added tokens of tokenizer_config.json or "
+                        "added_tokens.json are not ids with tokens; fetch the file again") from None
+
+
+def named_tokens(settings: dict) -> dict[str, str]:
+    """{"bos_token": "<s>", ...}: every token with a name, as chat templates see them."""
+    text = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items()
+            if k.endswith("_token")}
+    return {k: v for k, v in text.items() if isinstance(v, str)}
+
+
+def special_texts(settings: dict) -> list[str]:
+    """The tokens that are special because they have a name or are listed as such."""
+    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    texts = list(listed.values()) if isinstance(listed, dict) else listed
+    texts = [t.get("content") if isinstance(t, dict) else t for t in texts]
+    return [*named_tokens(settings).values(), *(t for t in texts if isinstance(t, str))]
+
+
+def pattern_of(tokens, before=lambda token: "") -> re.Pattern:
+    """Matches any of the tokens, the longest first, and `before(token)` before it."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(before(t) + re.escape(t) for t in longest_first) or "(?!)")
+
+
+# ---------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
-    """What both kinds share.
+    """A checkpoint's tokens. `library`: the tokenizers library's tokenizer, with all of them.
 
-    A subclass has `vocab_size`, `special` {text: id}, `bos_id` (or None), `adds_space`,
-    `token_bytes(id)`, `_pieces(text, continuation)` and `_is_control(id)`. eos_ids: every EOS token
-    that the checkpoint's files name.
+    added, special: {token: id} of the added tokens and of the special ones among them. names:
+    {"bos_token": "<s>", ...}. bos, eos: ids put around a text. eos_ids: every EOS that config.json
+    and generation_config.json name, or else the tokenizer's own.
     """
 
-    def __init__(self, directory: Path):
-        optional = lambda name: read_json(directory / name) if (directory / name).exists() else {}
-        self.directory, self.settings = directory, optional("tokenizer_config.json")
-        ids = []
-        for settings in (optional("config.json"), optional("generation_config.json")):
-            eos = settings.get("eos_token_id")
-            ids += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        self.eos_ids = tuple(dict.fromkeys(ids))
+    def __init__(self, directory: Path, path: Path):
+        self.directory, self.path, self._lock = directory, path, threading.Lock()
+        self.settings, table = declared(directory)
+        self.names = self._read(read_bytes(path)) | named_tokens(self.settings)
+        self._add(table)
+        added = self.library.get_added_tokens_decoder()
+        self.added = {t.content: i for i, t in added.items()}
+        self.special = {t.content: i for i, t in added.items() if t.special}
+        self.special_ids = frozenset(self.special.values())
+        # Where an added token begins that swallows the spaces before it, and any special one.
+        self._first_added = pattern_of(self.added, lambda t: (
+            r"\s*" if added[self.added[t]].lstrip else ""))
+        self._control = re.compile(f"(?={pattern_of(t for t in self.special if t[1:]).pattern})")
+        self.bos, self.eos = self._around()
+        named = [optional_json(directory / name).get("eos_token_id")
+                 for name in ("config.json", "generation_config.json")]
+        ids = [i for eos in named for i in (eos if isinstance(eos, list) else [eos])
+               if i is not None]
+        self.eos_ids = tuple(dict.fromkeys(ids or self._id("eos_token")))
 
-    @staticmethod
-    def from_dir(checkpoint_dir) -> "Tokenizer":
-        """The tokenizer of a checkpoint directory; raises UserError if it has none of ours."""
-        path = Path(checkpoint_dir) / "tokenizer.model"
-        if not Path(checkpoint_dir).is_dir():
-            raise UserError(f"checkpoint directory {checkpoint_dir} does not exist")
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; fetch it, or convert the checkpoint with "
-                            "convert_hf_checkpoint.py")
-        data = read_bytes(path)
-        if _is_ranks(data):
-            return TiktokenTokenizer(path.parent, data)
+    @classmethod
+    def from_dir(cls, checkpoint_dir) -> "Tokenizer":
+        """The tokenizer of a checkpoint directory; raises UserError if there is none, or a bad one.
+        """
+        directory = Path(checkpoint_dir)
+        refuse((not directory.is_dir(), f"checkpoint directory {directory} does not exist"),
+               ((directory / "tokenizer_special.json").exists(),
+                f"{directory} was converted by an older version, which rewrote its tokenizer; "
+                "convert the Hugging Face checkpoint again with convert_hf_checkpoint.py"))
+        names = "tokenizer.json", "tokenizer.model", "original/tokenizer.model"
+        if path := next(filter(Path.is_file, map(directory.joinpath, names)), None):
+            return cls(directory, path)
+        others = [n for n in ("vocab.json", "tekken.json") if (directory / n).exists()]
+        raise UserError(
+            f"{directory} has neither tokenizer.json nor tokenizer.model"
+            + (f", only {others[0]}; write one with transformers: AutoTokenizer.from_pretrained"
+               f"({str(directory)!r}).save_pretrained({str(directory)!r})" if others else
+               "; fetch it into the directory"))
+
+    def _read(self, data: bytes) -> dict[str, str]:
+        """Set `library` from a file's content; the names that the file itself gives to tokens."""
+        names = {}
         try:
-            if not data:
-                raise ValueError
-            model = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except (RuntimeError, ValueError):
-            raise UserError(f"{path} is neither a SentencePiece model nor tiktoken ranks, or is "
-                            "damaged; fetch it again") from None
-        return SentencePieceTokenizer(path.parent, model)
+            if why := not_the_file(data):
+                raise ValueError(why)
+            if self.path.suffix == ".json":
+                self.library = tokenizers.Tokenizer.from_buffer(data)
+            else:
+                self.library, names = model_file.read(data, self.settings)
+        except ValueError as e:
+            raise UserError(f"{self.path} cannot be read as a tokenizer: {visible(str(e))}; fetch "
+                            "it again") from None
+        refuse((self.library.decoder is None, f"{self.path} has no decoder, so its tokens have no "
+                "text; fetch the file as it is published"))
+        self.library.no_truncation()
+        self.library.no_padding()
+        return names
+
+    def _add(self, table: dict[int, dict]):
+        """Add the tokens of the files beside; as in transformers all that have a name are special.
+        """
+        library = self.library
+        known = library.get_added_tokens_decoder()
+        for i, flags in table.items():
+            if (token := tokenizers.AddedToken(**flags)) != known.get(i):
+                library.add_tokens([token])
+            refuse((library.token_to_id(token.content) != i,
+                    f"{self.directory}: tokenizer_config.json or added_tokens.json says that "
+                    f"{token.content!r} is id {i}, {self.path.name} makes it "
+                    f"{library.token_to_id(token.content)}; fetch the files again"))
+        known = {t.content: t for t in library.get_added_tokens_decoder().values()}
+        for text in special_texts(self.settings):
+            token = known.get(text) or tokenizers.AddedToken(text, normalized=False)
+            if library.token_to_id(text) is not None and not (text in known and token.special):
+                token.special = True
+                library.add_special_tokens([token])
+
+    def _id(self, name: str) -> list[int]:
+        """[id] of the token with this name, or []."""
+        return [self.special[t] for t in [self.names.get(name)] if t in self.special]
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a text; tokenizer.json says, a tokenizer.model has BOS."""
+        if self.path.suffix != ".json":
+            return (self._id("bos_token") if self.settings.get("add_bos_token", True) else [],
+                    self._id("eos_token") if self.settings.get("add_eos_token", False) else [])
+        encoding = self.library.encode("a", add_special_tokens=True)
+        own = [i for i, extra in enumerate(encoding.special_tokens_mask) if not extra] or [0, -1]
+        return encoding.ids[:own[0]], encoding.ids[own[-1] + 1:] if own[-1] >= 0 else []
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Every token, {token: id}, spelled as Hugging Face's files do."""
+        return self.library.get_vocab(with_added_tokens=True)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.ids.values(), default=-1) + 1
+
+    @functools.cached_property
+    def _inside(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer without what it does only at the start of a text."""
+        spec = json.loads(self.library.to_str())
+        inside = {k: at_any_place(spec[k]) for k in ("normalizer", "pre_tokenizer")}
+        if all(inside[k] == spec[k] for k in inside):
+            return self.library
+        return tokenizers.Tokenizer.from_str(json.dumps(spec | inside))
+
+    # ------------------------------------------------------------ text to ids
 
     def encode(self, text: str, bos=True, continuation=False) -> list[int]:
-        """Ids of plain text, after the BOS token if the model has one and `bos`.
+        """Ids of plain text, with `bos` and the like around it as the checkpoint says.
 
         `continuation`: the text follows other text, so it gets neither BOS nor the space that
         SentencePiece adds at the start of a text.
         """
-        bos = bos and not continuation and self.bos_id is not None
-        return [self.bos_id] * bos + [i for i, _, _ in self._pieces(text, continuation)]
+        ids = self._plain(text, start=not continuation)[0]
+        return [*self.bos, *ids, *self.eos] if bos and not continuation else ids
 
     def encode_with_offsets(self, text: str,
                             continuation=False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of plain text, and for each the characters [start, end) whose bytes it holds.
+        """Ids of plain text, and for each the characters [start, end) that it stands for.
 
         Several tokens can share one character.
         """
-        pieces = list(self._pieces(text, continuation))
-        return [i for i, _, _ in pieces], [(a, b) for _, a, b in pieces]
+        return self._plain(text, start=not continuation)
+
+    def _encode(self, text, start, special=False) -> tokenizers.Encoding:
+        library = self.library if start else self._inside
+        with self._lock:  # annotate.py's server has threads
+            library.encode_special_tokens = not special
+            return library.encode(text, add_special_tokens=False)
+
+    def _plain(self, text, start) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and spans of text in which no special token is one; `start`: nothing comes before."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"the text holds half a character ({text[e.start]!r} at {e.start}); "
+                            "write it as UTF-8") from None
+        encoding = self._encode(text, start)
+        if self.special_ids.isdisjoint(encoding.ids):
+            return encoding.ids, encoding.offsets
+        # Control strings that are part of the vocabulary itself: each is cut after its first
+        # character.
+        cuts = [0, *(m.start() + 1 for m in self._control.finditer(text)), len(text)]
+        parts = [(a, self._encode(text[a:b], start and a == 0)) for a, b in zip(cuts, cuts[1:])]
+        return ([i for _, part in parts for i in part.ids],
+                [(i + a, j + a) for a, part in parts for i, j in part.offsets])
 
     def prompt(self, text: str, chat=False) -> list[int]:
         """Ids of a prompt: plain text, or with `chat` a user's message in the chat template."""
         return self.chat([{"role": "user", "content": text}]) if chat else self.encode(text)
 
+    # ------------------------------------------------------------ ids to text
+
     def decode(self, ids) -> str:
-        """The text of ids that start a text; control tokens have none."""
-        return self._decode(ids, start=True)
+        """The text of ids that start a text; special tokens have none."""
+        return self.library.decode(list(ids), skip_special_tokens=True)
 
     def decode_new(self, before, ids) -> str:
         """The text of `ids` as it stands after the tokens `before`."""
-        return self._decode(ids, start=all(self._is_control(i) for i in before))
+        return self.text_after(self.context(before), ids)
 
-    def _decode(self, ids, start):
-        data = b"".join(self.token_bytes(i) for i in ids)
-        if start and self.adds_space and data.startswith(b" "):
-            data = data[1:]
-        return data.decode("utf-8", errors="replace")
+    def text_after(self, context: list[int], ids) -> str:
+        """The text of `ids` after the few ids of `context`."""
+        return self.decode([*context, *ids])[len(self.decode(context)):]
 
-    def same_as(self, other: "Tokenizer") -> bool:
-        """Whether every id means the same bytes or the same control token."""
-        about = lambda t: (type(t), t.vocab_size, t.special)
-        return about(self) == about(other) and all(
-            self.token_bytes(i) == other.token_bytes(i) for i in range(self.vocab_size))
+    def context(self, before) -> list[int]:
+        """Ids that stand for the tokens `before` when what follows is decoded.
+
+        Only whether there is text matters: at the start of a text SentencePiece drops a space.
+        """
+        any_text = any(i not in self.special_ids and self.library.id_to_token(i) for i in before)
+        return self._letter if any_text else []
+
+    @functools.cached_property
+    def _letter(self):
+        return self._plain("a", start=False)[0]
+
+    def difference(self, other: "Tokenizer") -> str | None:
+        """The first token by which two tokenizers differ, with its two ids; None if none."""
+        if self.ids == other.ids:
+            return None
+        tokens = [*sorted(self.ids, key=self.ids.get), *sorted(other.ids, key=other.ids.get)]
+        token = next(t for t in tokens if self.ids.get(t) != other.ids.get(t))
+        place = lambda i: "absent" if i is None else f"id {i}"
+        return (f"{token!r} is {place(self.ids.get(token))} in one and "
+                f"{place(other.ids.get(token))} in the other")
 
     # ------------------------------------------------------------ chat
 
     def chat(self, messages: list[dict], add_generation_prompt=True) -> list[int]:
         """Ids of a conversation [{"role", "content"}, ...] in the checkpoint's own chat template.
 
-        The template is Jinja2, run in a sandbox. Raises UserError if there is none or if it refuses
-        the messages.
+        Raises UserError if there is none, or for whatever goes wrong in it.
         """
-        template = self._template()
-        # A message must not smuggle in a special token, yet the template may test and trim it. So
-        # while the template renders, a noncharacter breaks up every special string in a message; it
-        # is removed before the text is encoded.
-        mark = "\ufdd0"
-        specials = sorted(self.special, key=len, reverse=True)
+        template = self.template()
+        # A message must not smuggle in a control token, yet the template may test and trim it. So
+        # while the template renders, noncharacters stand around control strings in messages. An
+        # assistant's tags, such as </think>, are the model's own.
+        also = [t for t in self.added if t not in self.special and t in template]
+        marked = [self._marked(m, () if m["role"] == "assistant" else also) for m in messages]
+        try:
+            text = render(template, {
+                **self.names, "messages": marked, "tools": None, "documents": None,
+                "add_generation_prompt": add_generation_prompt})
+        except TemplateError as e:
+            raise UserError(f"the chat template of {self.directory} fails for this conversation: "
+                            f"{visible(str(e))}") from None
+        return self._encode_marked(text)
 
-        def guard(text):
-            text = text.replace(mark, "")
-            for s in specials:
-                text = text.replace(s, s[0] + mark + s[1:])
-            return text
+    def _marked(self, message, also):
+        pattern = pattern_of({*self.special, *also})
 
-        guarded = [{k: guard(v) if isinstance(v, str) and k != "role" else v for k, v in m.items()}
-                   for m in messages]
-        names = {f"{k}_token": v.get("content") if isinstance(v, dict) else v
-                 for k in ("bos", "eos", "pad", "unk")
-                 if (v := self.settings.get(f"{k}_token"))}
-        text = _render(template, self.directory, messages=guarded,
-                       add_generation_prompt=add_generation_prompt, **names)
-        pattern = "|".join(map(re.escape, specials)) or "(?!)"  # which matches nothing
-        ids = []
-        for i, part in enumerate(re.split(f"({pattern})", text)):  # plain text, special, plain, ...
-            plain = part.replace(mark, "")
-            ids += [self.special[part]] if i % 2 else self.encode(plain, bos=False)
+        def mark(text):
+            text = re.sub(f"[{OPEN}{CLOSE}]", "", text)
+            return pattern.sub(lambda m: OPEN + m[0] + CLOSE, text)
+
+        return {k: mark(v) if isinstance(v, str) and k != "role" else v for k, v in message.items()}
+
+    def _encode_marked(self, text):
+        """Ids of a template's text: marked control strings are text, the others are tokens."""
+        ids, marks = [], f"{OPEN}([^{OPEN}{CLOSE}]*){CLOSE}|[{OPEN}{CLOSE}]"
+        for i, part in enumerate(re.split(marks, text)):  # text, marked, text, marked, ...
+            if i % 2 and part in self.special:
+                ids += self._plain(part, start=not ids)[0]
+            elif i % 2 and part:  # an added token that is not special is one in plain text too
+                ids += self._plain(part[0], start=not ids)[0]
+                ids += self._plain(part[1:], start=False)[0]
+            elif part and not ids:
+                ids += self._encode(part, start=True, special=True).ids
+            elif part:  # text up to the first token continues what is before it
+                head = m.start() if (m := self._first_added.search(part)) else len(part)
+                ids += self._plain(part[:head], start=False)[0]
+                ids += self._encode(part[head:], start=True, special=True).ids
         return ids
 
-    def _template(self):
+    def template(self) -> str:
         path = self.directory / "chat_template.jinja"
         template = self.settings.get("chat_template")
         if path.exists():
-            template = path.read_text(encoding="utf-8")
+            data = read_bytes(path)
+            refuse((not_the_file(data), f"{path}: {not_the_file(data)}"))
+            template = data.decode("utf-8", errors="replace")
         if isinstance(template, list):  # several by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
-        if not template:
-            raise UserError(f"{self.directory}/tokenizer_config.json has no chat_template; leave "
-                            "out --chat, or use an instruction-tuned checkpoint")
+            named = {t.get("name"): t.get("template") for t in template}
+            template = named.get("default")
+            refuse((not template, f"{self.directory}/tokenizer_config.json has chat templates "
+                    f"{', '.join(map(repr, named))} and none of them is 'default'"))
+        refuse((not template, f"{self.directory} has no chat template; leave out --chat, or use an "
+                "instruction-tuned checkpoint"))
         return template
 
 
-def _render(template, directory, **values):
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, indent=None):
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=["jinja2.ext.loopcontrols"])
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception,
-                               strftime_now=lambda form: datetime.now().strftime(form))
-    try:
-        return environment.from_string(template).render(**values)
-    except TemplateError as e:
-        raise UserError(f"the chat template of {directory} refuses this conversation: {e}"
-                        ) from None
+def at_any_place(step: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer of a tokenizer.json without what it puts before a text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    step = dict(step)
+    regex = step.get("pattern", {}).get("Regex", "") if step["type"] == "Replace" else ""
+    if regex.startswith((r"\A", "^")):
+        return None
+    for key in ("normalizers", "pretokenizers"):
+        if key in step:
+            step[key] = [s for s in map(at_any_place, step[key]) if s]
+    if step["type"] in ("Metaspace", "ByteLevel") and "add_prefix_space" in step:
+        step["add_prefix_space"] = False
+    if step["type"] == "Metaspace":
+        step["prepend_scheme"] = "never"
+    return step
 
 
-class SentencePieceTokenizer(Tokenizer):
-    """Llama 2's kind.
-
-    Round trips are exact for models with the identity normalizer, as Llama's are.
-    """
-
-    def __init__(self, directory, model):
-        super().__init__(directory)
-        self.model, self.vocab_size = model, model.vocab_size()
-        self.special = {model.id_to_piece(i): i for i in range(self.vocab_size)
-                        if model.is_control(i)}
-        adds_bos = model.bos_id() >= 0 and self.settings.get("add_bos_token", True)
-        self.bos_id = model.bos_id() if adds_bos else None
-        if model.eos_id() >= 0:
-            self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, model.eos_id())))
-        self.adds_space = model.decode(model.encode("a b")) == "a b" and b"".join(
-            map(self.token_bytes, model.encode("a"))) == b" a"
-
-    def _is_control(self, i):
-        return self.model.is_control(i)
-
-    def token_bytes(self, i: int) -> bytes:
-        """The bytes a token stands for, with a word's leading space; none for a control token."""
-        if self.model.is_control(i):
-            return b""
-        if self.model.is_byte(i):
-            return bytes([int(self.model.id_to_piece(i)[3:5], 16)])
-        return self.model.id_to_piece(i).replace("\u2581", " ").encode()
-
-    def _pieces(self, text, continuation):
-        """(id, start, end) of each token; start and end are characters of `text`."""
-        # After a line end SentencePiece splits a text as it would anywhere inside one. The tokens
-        # of " \n" are dropped again.
-        lead = "\n" if continuation and self.adds_space else ""
-        ids = self.model.encode(lead + text)
-        skip = len(self.model.encode(lead)) if lead else 0
-        spaces = 1 if self.adds_space and not lead else 0
-        yield from _spans(((i, self.token_bytes(i)) for i in ids[skip:]), text, spaces)
-
-
-class TiktokenTokenizer(Tokenizer):
-    """Llama 3's kind, and other byte-level BPE, described in tokenizer_special.json."""
-    adds_space = False
-
-    def __init__(self, directory, data):
-        super().__init__(directory)
-        lines = (line.split() for line in data.splitlines() if line)
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        described = directory / "tokenizer_special.json"
-        if described.exists():
-            about = read_json(described)
-            pattern, self.normalizer = about["pattern"], about.get("normalizer")
-            self.special, self.bos_id = about["special_tokens"], about.get("bos")
-        else:
-            pattern, self.normalizer = LLAMA3_PATTERN, None
-            self.special = {s: len(ranks) + i for i, s in enumerate(LLAMA3_SPECIAL)}
-            self.bos_id = self.special["<|begin_of_text|>"]
-            self.eos_ids = tuple(dict.fromkeys((*self.eos_ids, self.special["<|end_of_text|>"])))
-        self.model = tiktoken.Encoding(name=str(directory), pat_str=pattern, mergeable_ranks=ranks,
-                                       special_tokens=self.special)
-        self.bytes = {i: b for b, i in ranks.items()}
-        self.vocab_size = max(*ranks.values(), *self.special.values(), 0) + 1
-        self.control = frozenset(self.special.values())
-
-    def _is_control(self, i):
-        return i in self.control
-
-    def token_bytes(self, i: int) -> bytes:
-        return self.bytes.get(i, b"")
-
-    def _pieces(self, text, continuation):
-        if self.normalizer:
-            text = unicodedata.normalize(self.normalizer, text)
-        ids = (i for part in _cut_runs(text) for i in self.model.encode_ordinary(part))
-        yield from _spans(((i, self.bytes[i]) for i in ids), text, 0)
-
+# ---------------------------------------------------------------- streams and stop strings
 
 class Stream:
     """Decodes new tokens one by one, after the tokens `before`.
 
-    `put` returns the text that is complete, never half a character, `flush` what is left.
+    `put` returns the text that is complete, never half a character, `flush` what is left. While
+    `pending` is not empty, the last tokens end inside a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, before=()):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.at_start = tokenizer.adds_space and all(tokenizer._is_control(i) for i in before)
+        self.tokenizer, self.context, self.pending = tokenizer, tokenizer.context(before), []
 
     def put(self, token: int) -> str:
-        data = self.tokenizer.token_bytes(token)
-        if self.at_start and data:
-            data, self.at_start = data.removeprefix(b" "), False
-        return self.decoder.decode(data)
+        self.pending.append(token)
+        text = self.tokenizer.text_after(self.context, self.pending)
+        return "" if text.endswith("\ufffd") else self._done(text)
 
     def flush(self) -> str:
-        return self.decoder.decode(b"", final=True)
+        return self._done(self.tokenizer.text_after(self.context, self.pending))
+
+    def _done(self, text):
+        self.context = self.context or self.tokenizer.context(self.pending)
+        self.pending = []
+        return text
 
 
 def cut_at_stop(text: str, stops) -> str:
@@ -296,45 +399,3 @@ def stop_check(tokenizer: Tokenizer, before, stops):
         return any(s in text for s in stops)
 
     return stop
-
-
-def _is_ranks(data: bytes) -> bool:
-    """Whether a file's first line is tiktoken's: base64, a space, a number."""
-    first = data.split(b"\n", 1)[0].split()
-    try:
-        return (len(first) == 2 and first[1].isdigit()
-                and base64.b64decode(first[0], validate=True) is not None)
-    except ValueError:
-        return False
-
-
-def _cut_runs(text):
-    """Yield the text in parts, none with a run of spaces or non-spaces longer than RUN."""
-    start = run = 0
-    for i, c in enumerate(text):
-        run = run + 1 if i and c.isspace() == text[i - 1].isspace() else 1
-        if run > RUN:
-            yield text[start:i]
-            start, run = i, 1
-    yield text[start:]
-
-
-def _spans(tokens, text, spaces):
-    """Yield (id, start, end) for each (id, bytes): the characters of `text` that it stands for.
-
-    The tokens hold `spaces` bytes more, before the text.
-    """
-    ends, total = [], 0  # ends[c]: bytes up to the end of character c
-    for c in text:
-        total += len(c.encode("utf-8", errors="replace"))
-        ends.append(total)
-    at, first, last = -spaces, 0, 0
-    for i, data in tokens:
-        at += len(data)
-        begin = at - len(data)
-        while first < len(ends) and ends[first] <= begin:
-            first += 1
-        last = max(last, first)
-        while last < len(ends) and (ends[last - 1] if last else 0) < at:
-            last += 1
-        yield i, first, last

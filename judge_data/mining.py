@@ -227,8 +227,9 @@ def characters(tokenizer, prompt: list[int], tokens: list[int],
     """
     stream = Stream(tokenizer, prompt)
     text = "".join(stream.put(t) for t in tokens[:at])
-    start, end = len(text), at
-    while end == at or end < len(tokens) and stream.decoder.getstate()[0]:
+    begun = tokenizer.text_after(stream.context, stream.pending)  # with half a character at its end
+    start, end = len(text + begun.rstrip("\ufffd")), at
+    while end == at or end < len(tokens) and stream.pending:
         text += stream.put(tokens[end])
         end += 1
     ids, offsets = tokenizer.encode_with_offsets(text, continuation=True)

@@ -17,6 +17,7 @@ from engine import Engine, LlamaDrafter, Settings, State, generate, verify_and_a
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import RULES, JudgeHead, Rule, Verified
 from load import load_models
+from tokenizer import Stream, Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -471,7 +472,9 @@ def test_command_line_json(pair, tmp_path, monkeypatch):
     assert target.keys() == {"accept", "prompt_tokens", "tokens", "text", "seconds",
                              "tokens_per_sec"} and target["accept"] == "target"
     assert len(target["tokens"]) == 20
-    assert target["text"] in done.stdout and "\033" not in done.stdout
+    stream = Stream(Tokenizer.from_dir(pair / "target"), [1, 5])
+    shown = "".join([*map(stream.put, target["tokens"]), stream.flush()])
+    assert shown in done.stdout and "\033" not in done.stdout
     results = {}
     for name, extra in {"standard": (), "judge": ("--judge", pair / "judge.safetensors"),
                         "topk": ("--accept", "topk", "--threshold", "2"),
@@ -544,7 +547,7 @@ BAD = [
     (("--target", "{}/target", "--prompt", "x", "--max_new_tokens", "0"), "--max_new_tokens is 0"),
     (("--target", "{}/target", "--prompt", "x", "--json", "{}/no/such/out.json"), "out.json"),
     (("--target", "{}/target", "--prompt", "x", "--json", "{}/target"), "it is a directory"),
-    (("--target", "{}/target", "--prompt", "x", "--chat"), "no chat_template"),
+    (("--target", "{}/target", "--prompt", "x", "--chat"), "no chat template"),
     (("--target", "{}/target", "--prompt", "x", "--judge", "{}/judge.safetensors"),
      "--judge needs --draft"),
     (("--target", "{}/target", "--prompt", "x", "--draft_dtype", "float32"), "--draft_dtype "

@@ -17,6 +17,7 @@ import test_tokenizer
 from common import AnswerLog, UserError
 from engine import Engine, generate
 from evaluation.tasks import TASKS, Score
+from families import token_bytes
 from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config
 from judge_data import mining
 from judge_data.data import encode, label_tokens, read_data
@@ -458,15 +459,15 @@ def test_marks_hold_whole_characters(homes):
     Training labels these and nothing before them.
     """
     found = 0
-    for t in every(homes):
+    for t in every(homes, but=["unigram"]):  # whose spans of unknown letters are wide
         prompt = t.encode("Q: what?\nA:")
         for text in [*strings(150, seed=5), "a 🎉 b", "日本語", "e\u0301té 👩‍👩‍👧"]:
             tokens = t.encode(text, continuation=True)
             if t.decode_new(prompt, tokens) != text:
                 continue
             for at in random.Random(0).sample(range(len(tokens)), min(6, len(tokens))):
-                begin = len(b"".join(map(t.token_bytes, tokens[:at])))
-                end = begin + len(t.token_bytes(tokens[at]))
+                begin = sum(len(token_bytes(t, i)) for i in tokens[:at])
+                end = begin + len(token_bytes(t, tokens[at]))
                 edges = [len(text[:i].encode()) for i in range(len(text) + 1)]
                 a = max(i for i, e in enumerate(edges) if e <= begin)
                 b = min(i for i, e in enumerate(edges) if e >= end)
@@ -485,7 +486,7 @@ def test_marks_hold_whole_characters(homes):
 
 
 def test_a_text_that_is_cut_otherwise_gets_no_mark(homes):
-    t = Tokenizer.from_dir(homes["tt"])
+    t = Tokenizer.from_dir(homes("tt"))
     byte = lambda text: [t.encode(c, continuation=True)[0] for c in text]
     assert characters(t, [], byte("x the"), 4) is None  # "the" is one token
     assert characters(t, [], byte("the x"), 4) == ("the x", [4, 5])  # "the" lies before
@@ -596,7 +597,7 @@ def test_refusals(pair, answers, homes, tmp_path):
             "--device", "cpu", "--method"]
     config = tiny_config(vocab_size=1024)
     other = save_checkpoint(tmp_path / "other", random_model(config, seed=2), config)
-    shutil.copy(homes["tt"] / "tokenizer.model", other)
+    shutil.copy(homes("tt") / "tokenizer.model", other)
     first, second, *_ = lines_of(answers)
     example = {"task_id": "x/1", "prompt": "def f():\n", "entry_point": "f",
                "test": "def check(f): pass", "domain": "humaneval", "id": "x/1"}
@@ -614,7 +615,7 @@ def test_refusals(pair, answers, homes, tmp_path):
     for command, message in (
             ([*mine, "autojudge"], "--method autojudge needs --draft"),
             ([*mine, "autojudge", "--draft", str(other)],
-             "different tokenizers; speculation needs the same"),
+             "different tokenizers: .*; speculation needs the same"),
             ([*mine, "autojudge", "--draft", str(pair / "draft"), "--search", "bisect"],
              "--search is for --method first_error"),
             ([*use("bad.jsonl"), "first_error"], "bad.jsonl, line 2: 'right' is missing"),

@@ -16,6 +16,7 @@ import test_tokenizer
 import train_judge
 from checkpoint import fingerprint
 from common import UserError
+from families import token_bytes
 from helpers import ROOT, random_model, run_command, save_checkpoint, tiny_config
 from judge import JudgeHead, above_threshold
 from judge_data import features
@@ -45,7 +46,7 @@ def test_labels_on_real_tokens_agree_with_bytes(homes):
     rng = random.Random(0)
     texts = ["The answer is 52 apples.", "das wäre 日本語 und 👩‍👩‍👧 x",
              " x = 3*7\n    return é", "🎉", "日本"]
-    for t in every(homes):
+    for t in every(homes, but=["unigram"]):  # whose spans of unknown letters are wide
         for text in texts:
             ids, offsets = t.encode_with_offsets(text, continuation=True)
             for _ in range(40):
@@ -54,7 +55,7 @@ def test_labels_on_real_tokens_agree_with_bytes(homes):
                 first, last = len(text[:start].encode()), len(text[:end].encode())
                 want, at = [], 0
                 for i in ids:
-                    lo, at = at, at + len(t.token_bytes(i))
+                    lo, at = at, at + len(token_bytes(t, i))
                     if lo >= last:
                         break
                     want.append(int(at <= first))
@@ -211,7 +212,7 @@ EXAMPLES = [e | {"where": f"d, line {i}", "line": i} for i, e in enumerate(EXAMP
 
 def test_batched_features_are_the_hidden_states_at_the_tokens_own_positions(homes, monkeypatch):
     """In any batches: as each answer read alone, in order."""
-    for t in map(Tokenizer.from_dir, homes.values()):
+    for t in (Tokenizer.from_dir(homes(name)) for name in ("sp", "tt")):
         target = random_model(tiny_config(vocab_size=t.vocab_size))
         encoded, want = encode(t, EXAMPLES, 128), []
         _, offsets = t.encode_with_offsets(" Hello 12 cats", continuation=True)
@@ -244,7 +245,7 @@ def test_batches_hold_every_answer_once_within_the_size(monkeypatch):
 
 
 def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, homes):
-    t = Tokenizer.from_dir(homes["sp"])
+    t = Tokenizer.from_dir(homes("sp"))
     config, path, data = tiny_config(vocab_size=t.vocab_size), tmp_path / "f", tmp_path / "d.jsonl"
     one, two = (save_checkpoint(tmp_path / f"target{seed}", random_model(config, seed), config)
                 for seed in (1, 2))
@@ -269,10 +270,10 @@ def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, hom
 # ---------------------------------------------------------------- command line
 
 def make_target(home, homes):
-    t = Tokenizer.from_dir(homes["sp"])
+    t = Tokenizer.from_dir(homes("sp"))
     config = tiny_config(vocab_size=t.vocab_size)
     save_checkpoint(home / "target", random_model(config), config)
-    shutil.copy(homes["sp"] / "tokenizer.model", home / "target")
+    shutil.copy(homes("sp") / "tokenizer.model", home / "target")
 
 
 def write_data(home):
