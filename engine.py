@@ -61,6 +61,7 @@ class Settings:
     temperature: float
     top_k: int | None
     top_p: float | None
+    vocab_size: int  # the target's; a draft may have more or fewer, by padding
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return judge.probabilities(logits, self.temperature, self.top_k, self.top_p)
@@ -98,8 +99,8 @@ def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache,
                       uniform: Tensor | None, noise: Tensor | None):
     """The target's part of a round, compiled as one graph: the judge is part of the target's pass.
 
-    drafted [K], draft_logits [K, V], uniform [K], noise [1, V] -> the packed outcome, and the
-    tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
+    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V] -> the packed outcome, and
+    the tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
     """
     # 2. verify and judge: one pass over the last token and the drafted ones
     tokens = torch.cat((state.last[1:], drafted))
@@ -132,8 +133,9 @@ def accept(v: Verified, logits: Tensor, room: Tensor, s: Settings, uniform: Tens
     n = torch.minimum(mask.long().cumprod(0).sum()[None], room)  # the run of True from the front
     if s.temperature == 0:
         return n, logits.index_select(0, n).argmax(-1), passed
+    q = torch.nn.functional.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))  # 0 beyond its columns
     # Where all that may be kept was kept, the next token was never tested: the residual is p.
-    q = torch.cat((q, torch.zeros_like(p[:1]))).index_select(0, n) * (n < room)[:, None]
+    q = q.index_select(0, n) * (n < room)[:, None]
     return n, judge.sample(judge.residual(p.index_select(0, n), q), noise), passed
 
 
@@ -159,7 +161,7 @@ class Drafter:
         """
 
     def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
-        """Tokens [k] to follow the text, and the logits [k, V] they were chosen from.
+        """Tokens [k] to follow the text, and the logits [k, V or fewer] they were chosen from.
 
         state.last is the text's end. Without s.needs_draft_logits the logits may be None; for a
         certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling.
@@ -169,8 +171,8 @@ class Drafter:
 
 def draft_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: Cache, s: Settings,
                noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Read tokens [S] at pos [S]: the next token [1] and its logits [1, V]."""
-    logits = model(tokens[None], pos, cache)[0][0, -1:]
+    """Read tokens [S] at pos [S]: the next token [1] and its logits [1, V or fewer]."""
+    logits = model(tokens[None], pos, cache)[0][0, -1:, :s.vocab_size]
     return choose(logits, s, noise), logits
 
 
@@ -182,6 +184,8 @@ def draft_steps(step, model: Transformer, cache: Cache, state: State, k: int, s:
     read the last but one, after any other it reads it again: the same work whatever the outcome.
     """
     tokens, pos = state.last, state.length + torch.arange(-2, 0, device=state.last.device)
+    if s.vocab_size > model.config.vocab_size:  # padding that only the target has
+        tokens = tokens.clamp(max=model.config.vocab_size - 1)
     drafted, logits = [], []
     for i in range(k):
         tokens, row = step(model, tokens, pos, cache, s, None if noise is None else noise[i:i + 1])
@@ -202,6 +206,7 @@ class LlamaDrafter(Drafter):
         self.cache = self.model.new_cache(length, grown_from=self.cache)
 
     def read(self, tokens, pos, hidden, span):
+        tokens = tokens.clamp(max=self.model.config.vocab_size - 1)  # as in draft_steps
         self.model.features(tokens[None], pos, self.cache.first(span))
 
     def propose(self, state, k, span, s, noise):
@@ -220,15 +225,16 @@ class Engine:
         self.target, self.drafter, self.device = target, drafter, target.norm.weight.device
         self.accept, self.speculate_k = (accept, speculate_k) if drafter else ("target", 0)
         rule = RULES[accept]
+        refuse((rule.needs_judge and drafter and not head, f"rule {accept} needs head=JudgeHead"))
         self.head = head.to(self.device) if rule.needs_judge and drafter else None
         parameter = rule.parameter_for(parameter, self.head) if drafter else None
-        self.settings = Settings(self.accept, parameter, temperature, top_k, top_p)
+        self.settings = Settings(self.accept, parameter, temperature, top_k, top_p,
+                                 target.config.vocab_size)
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.context = min(target.config.max_seq_len, drafter.context if drafter else math.inf)
         self.cache, self.tokens, self.read_len, self.capacity = None, [], 0, 0
-        size = 2 * self.speculate_k + 6
-        self.outcome = torch.zeros(size, dtype=torch.long, device=self.device)  # packed
-        self.state = unpack(self.outcome, self.speculate_k).state  # views of it
+        self.outcome = torch.zeros(2 * self.speculate_k + 6, dtype=torch.long, device=self.device)
+        self.state = unpack(self.outcome, self.speculate_k).state  # views of the packed outcome
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
         self.agree = lambda t: t  # under tensor parallelism: rank 0's t for all ranks
 

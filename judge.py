@@ -30,7 +30,7 @@ class Verified(NamedTuple):
     logits: Tensor  # [K, V]: the target's, at the position before each drafted token
     hidden: Tensor  # [K, D]: the target's last hidden state at each drafted token's own position
     drafted: Tensor  # int64 [K]
-    draft_logits: Tensor | None = None  # [K, V], where the rule needs_draft_logits or when sampling
+    draft_logits: Tensor | None = None  # [K, V or fewer], if needs_draft_logits or when sampling
     scores: Tensor | None = None  # [K]: the head's, where the rule needs_judge
 
 
@@ -59,11 +59,13 @@ def typical(v: Verified, epsilon: float) -> Tensor:
 def kl(v: Verified, divergence: float) -> Tensor:
     """Accept where KL(target || draft) < divergence and the target is not SURE (arXiv 2601.04766).
 
-    Both distributions at temperature 1; a divergence of 0 is the standard rule.
+    Both distributions at temperature 1; a divergence of 0 is the standard rule. The sum is over the
+    columns both have; the target's mass beyond them is added (generalised KL, never negative).
     """
     logp, logq = v.logits.float().log_softmax(-1), v.draft_logits.float().log_softmax(-1)
-    p = logp.exp()
-    return ((p * (logp - logq)).sum(-1) < divergence) & (p.amax(-1) <= SURE)
+    p, n = logp.exp(), logq.shape[-1]
+    total = (p[:, :n] * (logp[:, :n] - logq)).sum(-1) + p[:, n:].sum(-1)
+    return (total < divergence) & (p.amax(-1) <= SURE)
 
 
 def above_threshold(scores: Tensor, threshold: float) -> Tensor:
@@ -122,8 +124,8 @@ def top1_match(logits: Tensor, drafted: Tensor) -> Tensor:
 def rejection_test(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Tensor:
     """The sampled standard test (arXiv 2211.17192): accept with probability min(1, p/q). bool [K].
 
-    p, q [K, V]: probabilities of target and draft; u [K] uniform in [0, 1). With `residual` for the
-    token after the first rejection, the output has exactly the target's distribution.
+    p [K, V], q [K, V or fewer]: probabilities of target and draft; u [K] uniform in [0, 1). With
+    `residual` for the token after the first rejection, the output has the target's distribution.
     """
     at = drafted[:, None]
     return u * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0]
@@ -152,12 +154,12 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
 
 
 def sample(p: Tensor, noise: Tensor) -> Tensor:
-    """One index per row: p [..., V], noise [..., V] exponentially distributed -> int64 [...].
+    """One index per row: p [..., V], noise [..., V or more], exponential, -> int64 [...].
 
     An exponential race: unlike multinomial it never synchronises, and compiled or not the same
     noise gives the same token.
     """
-    return (p / noise).argmax(-1)
+    return (p / noise[..., :p.shape[-1]]).argmax(-1)
 
 
 # ---------------------------------------------------------------- the head

@@ -105,7 +105,7 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
 
     draft_dtype: default dtype. speculate_k: must be below the context. Raises UserError.
     """
-    config, tokenizer = checkpoint.read_config(target), Tokenizer.from_dir(target)
+    config, tokenizer = read_vocabulary(target)
     if draft:
         draft_config = check_draft(target, draft, tokenizer)
         context = min(config.max_seq_len, draft_config.max_seq_len)
@@ -120,17 +120,25 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
     return Loaded(model, draft_model, head, tokenizer)
 
 
+def read_vocabulary(directory) -> tuple[ModelConfig, Tokenizer]:
+    """A checkpoint's config and tokenizer; raises UserError for a token without embedding."""
+    config, tokenizer = checkpoint.read_config(directory), Tokenizer.from_dir(directory)
+    refuse((tokenizer.vocab_size > config.vocab_size, f"{tokenizer.path} has "
+            f"{tokenizer.vocab_size} tokens, {directory}/config.json says vocab_size "
+            f"{config.vocab_size}: they do not belong together; fetch both from one revision"))
+    return config, tokenizer
+
+
 def check_draft(target, draft, tokenizer: Tokenizer) -> ModelConfig:
-    """The draft's config; raises UserError unless draft and target share their tokens."""
-    config, draft_config = checkpoint.read_config(target), checkpoint.read_config(draft)
-    other = Tokenizer.from_dir(draft)
-    refuse(
-        (draft_config.vocab_size != config.vocab_size, f"draft {draft} has a vocabulary of "
-         f"{draft_config.vocab_size} tokens, target {target} one of {config.vocab_size}; "
-         "speculation needs the same"),
-        (why := tokenizer.difference(other), f"draft {draft} and target {target} have different "
-         f"tokenizers: {why}; speculation needs the same"))
-    return draft_config
+    """The draft's config; raises UserError unless draft and target share their tokens.
+
+    Their vocab_size may differ: checkpoints pad their embeddings in different ways.
+    """
+    config, other = read_vocabulary(draft)
+    why = other.difference(tokenizer)
+    refuse((why, f"draft {draft} and target {target} have different tokenizers: {why}; speculation "
+            "needs the same"))
+    return config
 
 
 def load_judge(path, target) -> JudgeHead:

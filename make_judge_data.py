@@ -289,8 +289,10 @@ class Miner:
         matter is part of all that follow and counts as correct there, so it has no line of its own.
         """
         prompt, decode_new = self.start(line), self.tokenizer.decode_new
+        sizes = [m.config.vocab_size for m in (self.go_on.engine.target, self.draft)]
+        # An id that is padding of the draft's alone is passed over as EOS is.
         walk = mining.autojudge(self.go_on, mining.greedy_token(self.draft, prompt),
-                                self.tokenizer.eos_ids)
+                                {*self.tokenizer.eos_ids, *range(*sizes)})
         if isinstance(walk, str):
             return walk
         last, swaps = walk

@@ -9,19 +9,26 @@ from linear import dense
 from model import Transformer
 
 
-def to_hf(model: Transformer, config: dict):
+def to_hf(model: Transformer, config: dict, vocab_size: int | None = None):
     """transformers' model of the same architecture on the same weights.
 
-    They are views of ours where these are not packed for the CPU, else copies.
+    They are views of ours where these are not packed for the CPU, else copies. vocab_size: a draft
+    gets its target's, for transformers takes two paddings for two tokenizers. Rows that it lacks
+    are its last one, as which ours reads such ids too.
     """
+    own, size = model.config.vocab_size, vocab_size or model.config.vocab_size
     kind = getattr(transformers, config["architectures"][0])
-    hf_config = kind.config_class(**config | {"eos_token_id": None, "pad_token_id": 0})
+    hf_config = kind.config_class(**config | {"eos_token_id": None, "pad_token_id": 0,
+                                              "vocab_size": size})
     with torch.device("meta"):
         theirs = kind(hf_config)
     state, ours = {}, model.state_dict()
     for name, shapes in source_shapes(model.config).items():
         parts = dense(ours[name]).split([rows for rows, *_ in shapes.values()])
         state |= dict(zip(shapes, parts))
+    for name in ("model.embed_tokens.weight", "lm_head.weight") if size != own else ():
+        if name in state:
+            state[name] = state[name][torch.arange(size).clamp(max=own - 1)]
     state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])  # where it is tied
     theirs.load_state_dict(state, assign=True)
     with model.norm.weight.device:  # its table is no weight, so it was still on meta
@@ -35,7 +42,8 @@ def calls(target: Transformer, draft: Transformer, configs: list[dict], speculat
 
     Alone, and assisted with the same constant K; a text ends where ours does.
     """
-    theirs, assistant = (to_hf(model, config) for model, config in zip((target, draft), configs))
+    theirs, assistant = (to_hf(model, config, target.config.vocab_size)
+                         for model, config in zip((target, draft), configs))
 
     def call(prompt, k):
         ids, more = torch.tensor([prompt], device=theirs.device), {}

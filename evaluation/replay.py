@@ -80,6 +80,7 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
     context = min(m.config.max_seq_len for m in (models.target, models.draft) if m)
     parsed = {rule: (name, RULES[name].parameter_for(given, head))
               for rule in rules for name, given in [parse_rule(rule)]}
+    columns = models.target.config.vocab_size  # a draft's padding may have more
     comparing = any(RULES[name].needs_draft_logits for name, _ in parsed.values())
     rounds, rejected = {rule: [] for rule in rules}, dict.fromkeys(rules, 0)
     for where, before, after in tqdm(texts, unit="text", disable=None):
@@ -89,7 +90,7 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
                             f"{context}")
         logits, hidden = read_once(models.target, ids, n)
         v = Verified(logits, hidden, torch.tensor(after, device=device),
-                     read_once(models.draft, ids, n)[0] if comparing else None,
+                     read_once(models.draft, ids, n)[0][:, :columns] if comparing else None,
                      head(hidden) if head else None)
         passed = top1_match(v.logits, v.drafted)
         for rule, (name, parameter) in parsed.items():

@@ -209,11 +209,12 @@ def autojudge(go_on, draft, eos_ids) -> tuple[Outcome, list[Swap]] | str:
 
 def greedy_token(model, prompt: list[int]):
     """The `draft` of autojudge: the model's argmax, from a cache that grows with the walk."""
-    engine = Engine(model)
+    engine, last = Engine(model), model.config.vocab_size - 1
 
     @torch.inference_mode()
     def draft(prefix):
-        return engine.prefill(prompt + prefix, 1)
+        # the target's padding can have larger ids
+        return engine.prefill([min(token, last) for token in prompt + prefix], 1)
 
     return draft
 

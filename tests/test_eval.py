@@ -494,7 +494,7 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     for rule in rules:
         name, value = parse_rule(rule)
         parameter = {"judge": 0.5, "typical": 0.09}.get(rule, value)
-        s = Settings(name, parameter, 0.0, None, None)
+        s = Settings(name, parameter, 0.0, None, None, 1024)
         want = [n for p, t in pairs for n in real_rounds(
             target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
         assert got[rule]["rounds"] == len(want), rule

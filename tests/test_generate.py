@@ -181,7 +181,7 @@ def test_judge_reads_the_hidden_state_at_the_drafted_tokens_own_position(monkeyp
         assert h(states)[banned] < 0 < h(states)[others].min()
         state = State(torch.tensor([0, 5]), torch.tensor([1]), torch.tensor([3]))
         drafted = torch.tensor([40, banned, 60])
-        verify_and_accept(target, h, cache, Settings("spy", None, 0.0, None, None), state, drafted,
+        verify_and_accept(target, h, cache, Settings("spy", None, 0.0, None, None, 101), state, drafted,
                           None, None, None)
     assert (seen[0].scores > 0).tolist() == [True, False, True]
     torch.testing.assert_close(seen[0].hidden, states[drafted])
