@@ -181,8 +181,8 @@ def test_judge_reads_the_hidden_state_at_the_drafted_tokens_own_position(monkeyp
         assert h(states)[banned] < 0 < h(states)[others].min()
         state = State(torch.tensor([0, 5]), torch.tensor([1]), torch.tensor([3]))
         drafted = torch.tensor([40, banned, 60])
-        verify_and_accept(target, h, cache, Settings("spy", None, 0.0, None, None, 101), state, drafted,
-                          None, None, None)
+        verify_and_accept(target, h, cache, Settings("spy", None, 0.0, None, None, 101), state,
+                          drafted, None, None, None)
     assert (seen[0].scores > 0).tolist() == [True, False, True]
     torch.testing.assert_close(seen[0].hidden, states[drafted])
 
@@ -266,9 +266,10 @@ def chi_square(counts, p):
 def check_distribution(engine, runs: int):
     """The two tokens after a prompt's first, over many rounds, have the target's distribution.
 
-    Exactly computed, the joint distribution of both; K = 2, a vocabulary of 7.
+    Exactly computed, the joint distribution of both; K = 2, a vocabulary of some seven tokens.
     """
-    target, V, prompt, s = engine.target, 7, [3, 1, 4], engine.settings
+    target, prompt, s = engine.target, [3, 1, 4], engine.settings
+    V = target.config.vocab_size
     with torch.inference_mode():
         def p_next(ids):
             logits = target(torch.tensor([ids]), torch.arange(len(ids)), target.new_cache(8))[0]
@@ -528,7 +529,7 @@ BAD = [
     (("--target", "{}/truncated", "--prompt", "x"), "truncated/model.safetensors is damaged or "
      "truncated"),
     (("--target", "{}/keyless", "--prompt", "x"), "'num_hidden_layers' is missing"),
-    (("--target", "{}/target", "--draft", "{}/vocabulary", "--prompt", "x"), "vocabulary of 999"),
+    (("--target", "{}/target", "--draft", "{}/vocabulary", "--prompt", "x"), "says vocab_size 99"),
     (("--target", "{}/target", "--draft", "{}/tokenizer", "--prompt", "x"), "different tokenizers"),
     (("--target", "{}/other", "--draft", "{}/draft", "--judge", "{}/judge.safetensors", "--prompt",
       "x"), "trained on target"),
@@ -585,7 +586,7 @@ def bad(pair):
     (pair / "keyless" / "config.json").write_text(
         json.dumps({k: v for k, v in config.items() if k != "num_hidden_layers"}))
     shutil.copytree(pair / "draft", pair / "vocabulary")
-    (pair / "vocabulary" / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
+    (pair / "vocabulary" / "config.json").write_text(json.dumps(config | {"vocab_size": 99}))
     shutil.copytree(pair / "draft", pair / "tokenizer")
     data = (pair / "t.model").read_bytes()
     (pair / "tokenizer" / "tokenizer.model").write_bytes(data.replace("\u2581mat".encode(),
