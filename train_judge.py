@@ -21,16 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tp
-from checkpoint import fingerprint, load, read_config
+from checkpoint import fingerprint, load
 from common import UserError, check_writable, refuse, run, write_text
 from evaluation.report import table
 from judge import JudgeHead, above_threshold
 from judge_data import report
 from judge_data.data import Encoded, encode, read_data, split
 from judge_data.features import hidden_states, made_of, read_features, save_features
-from load import add_device_flags, dtype_name, resolve_device
+from load import add_device_flags, dtype_name, read_vocabulary, resolve_device
 from model import DTYPES
-from tokenizer import Tokenizer
 
 PATIENCE = 10  # epochs without a better one
 # Shares of the errors accepted; the curve has a threshold for each.
@@ -284,8 +283,8 @@ def main():
     args = parse_args()
     examples = read_data(args.data)
     train, val = parts(examples, args)
-    encoded = encode(Tokenizer.from_dir(args.target), examples,
-                     read_config(args.target).max_seq_len, args.chat)
+    config, tokenizer = read_vocabulary(args.target)
+    encoded = encode(tokenizer, examples, config.max_seq_len, args.chat)
     y, y_val = labels_of(encoded, train), labels_of(encoded, val)
     check_labels(y, y_val, args.data)
 

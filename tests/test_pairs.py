@@ -19,6 +19,7 @@ import eval as evaluate
 import generate as G
 import judge
 import make_judge_data as M
+import train_judge
 from checkpoint import config_from
 from common import UserError, read_json
 from engine import Engine, generate
@@ -315,7 +316,7 @@ def test_different_tokenizers_are_refused_by_the_first_difference(converted, mon
 
 @pytest.mark.parametrize("short", ["target", "draft"])
 def test_a_tokenizer_with_more_tokens_than_rows_is_refused_before_any_weight(demo_tokens, tmp_path,
-                                                                             short):
+                                                                             monkeypatch, short):
     sides = {}
     for name in ("target", "draft"):  # without weights
         (d := tmp_path / name).mkdir()
@@ -327,6 +328,15 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused_before_any_weight(dem
     with pytest.raises(UserError, match=f"{short}/tokenizer.model has {rows} tokens, .*"
                        f"{short}/config.json says vocab_size {rows - 1}: they do not"):
         load_models(*sides.values())
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(
+        json.dumps({"prompt": f"{i} pens?", "answer": "4 pens", "error": e}) + "\n"
+        for i in range(9) for e in (None, [0, 1])))
+    with pytest.raises(UserError, match=f"has {rows} tokens, .* says vocab_size {rows - 1}"):
+        monkeypatch.setattr(sys, "argv", list(map(str, (
+            "train_judge.py", "--target", sides[short], "--data", data, "--device", "cpu", "--out",
+            tmp_path / "judge.safetensors"))))
+        train_judge.main()
 
 
 def test_a_rule_that_needs_a_judge_needs_a_head():
