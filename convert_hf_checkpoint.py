@@ -7,31 +7,60 @@ directory is written under a temporary name and renamed when it is whole. The to
 kept as they are. RoPE keeps Hugging Face's layout.
 """
 import argparse
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from checkpoint import (
+    TOP,
     Planned,
     config_from,
     open_tensors,
     read_rows,
     shapes,
     source_shapes,
+    weight_files,
     write_checkpoint,
 )
-from common import check_writable, read_bytes, read_json, refuse, run
+from common import check_writable, open_weights, read_bytes, read_json, refuse, run
 from model import DTYPES, ModelConfig
 from tokenizer import Tokenizer
+
+EMBED, HEAD = TOP["embed.weight"], TOP["output.weight"]
+
+
+def embedding_and_head(checkpoint_dir) -> dict:
+    """{name: slice} of the two, as far as the files have them; nothing is read yet."""
+    return {name: file.get_slice(name) for path in weight_files(checkpoint_dir)
+            for file in [open_weights(path)] for name in file.keys() if name in (EMBED, HEAD)}
+
+
+def is_tied(checkpoint_dir, config: ModelConfig) -> bool:
+    """Whether embedding and LM head are one matrix: if config.json says so and the files agree.
+
+    A head in the files that differs from the embedding counts, as in transformers 5 (transformers 4
+    took the embedding all the same).
+    """
+    found = embedding_and_head(checkpoint_dir)
+    if not config.tied or len(found) < 2:
+        return config.tied
+    embed, head = (read_rows([found[name]], torch.float32) for name in (EMBED, HEAD))
+    return (found[EMBED].get_shape() == found[HEAD].get_shape()
+            and all(map(torch.equal, embed, head)))
 
 
 def plan(checkpoint_dir, config: ModelConfig, dtype: torch.dtype) -> dict[str, Planned]:
     """Our tensors, checked to the last one before anything is written."""
     parts = source_shapes(config)
+    if config.tied and embedding_and_head(checkpoint_dir).keys() == {HEAD}:
+        parts["embed.weight"] = {HEAD: parts["embed.weight"][EMBED]}  # saved under its other name
     expected = {name: shape for part in parts.values() for name, shape in part.items()}
 
     def ignored(name):  # a table that is computed, and a tied head's copy of the embedding
-        return name.endswith("rotary_emb.inv_freq") or config.tied and name == "lm_head.weight"
+        return name.endswith("rotary_emb.inv_freq") or (
+            config.tied and name == HEAD and name not in expected)
 
     tensors = open_tensors(checkpoint_dir, expected, ignored)
     return {name: Planned(shape, dtype, read_rows([tensors[part] for part in parts[name]], dtype))
@@ -51,7 +80,7 @@ def tokenizer_file(source: Path, config: ModelConfig) -> dict[str, bytes]:
 
 def main():
     p = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint (safetensors) of "
-                                "the Llama, Mistral or Qwen2 family.")
+                                "the Llama, Mistral, Qwen2 or Qwen3 family.")
     p.add_argument("--checkpoint_dir", type=Path, required=True,
                    help="Hugging Face directory: config.json, safetensors, tokenizer")
     p.add_argument("--out", type=Path, required=True, help="directory to make")
@@ -64,8 +93,16 @@ def main():
             f"--checkpoint_dir {source} is empty; fetch the checkpoint into it"),
            (out.exists(), f"--out {out} exists; remove it or choose another"))
     check_writable(out)
+    weight_files(source)  # says what the directory holds if not a checkpoint
     hf = read_json(source / "config.json")
     config = config_from(hf, source / "config.json")
+    refuse((config.quantization, f"{source} is converted and quantized already; give it to "
+            "--target or --draft"))
+    if config.tied and not is_tied(source, config):
+        print(f"{source}: lm_head.weight differs from the embedding, so both are kept as "
+              "transformers does, although config.json says tie_word_embeddings: true",
+              file=sys.stderr)
+        config, hf["tie_word_embeddings"] = replace(config, tied=False), False
     planned, tokenizer = plan(source, config, DTYPES[args.dtype]), tokenizer_file(source, config)
     # transformers 5 writes the key "dtype" instead.
     hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}

@@ -1,9 +1,8 @@
 """Llama in plain PyTorch: config, transformer, static KV cache. Nothing here knows of drafts.
 
-Covers Llama 2/3/3.1/3.2/3.3, Code Llama, TinyLlama, Mistral 7B and Qwen2/2.5; checkpoint.py makes
-the config from a `config.json` and refuses by name what is not implemented.
+Covers dense Llama (SmolLM2, TinyLlama, Yi and the like too), Mistral, Qwen2/2.5 and Qwen3;
+checkpoint.py makes the config from a `config.json` and refuses by name what is not implemented.
 """
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,26 +25,23 @@ class ModelConfig:
     head_dim: int
     ffn_dim: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None  # Llama 3.1's four numbers, or None
+    rope_freqs: tuple[float, ...]  # radians per position of each pair of dimensions, head_dim / 2
+    rope_scale: float  # of cosines and sines: YaRN's attention factor, else 1
     max_seq_len: int
     sliding_window: int | None  # not implemented: max_seq_len ends where it would begin to matter
     tied: bool
     qkv_bias: bool
+    wo_bias: bool
+    mlp_bias: bool
+    qk_norm: bool  # Qwen3: RMSNorm of each head's queries and keys
     quantization: Quantization | None = None  # of the linear layers, see linear.py
 
 
 def rope_table(c: ModelConfig, length: int, device=None) -> Tensor:
     """Cosines and sines of every position, float32 [length, 2, head_dim / 2]."""
-    freq = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device=device).float() / c.head_dim)
-    if s := c.rope_scaling:
-        # Llama 3.1: wavelengths beyond the original context are stretched, short ones kept.
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        rotations = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        keep = ((rotations - low) / (high - low)).clamp(0, 1)
-        freq = keep * freq + (1 - keep) * freq / s["factor"]
-    angle = torch.outer(torch.arange(length, device=device).float(), freq)
-    return torch.stack((angle.cos(), angle.sin()), dim=1)
+    freqs = torch.tensor(c.rope_freqs, dtype=torch.float32, device=device)
+    angle = torch.outer(torch.arange(length, device=device).float(), freqs)
+    return torch.stack((angle.cos(), angle.sin()), dim=1) * c.rope_scale
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
@@ -78,13 +74,15 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = c.n_head, c.n_kv_head, c.head_dim
         self.wqkv = linear(c.quantization, c.dim, (c.n_head + 2 * c.n_kv_head) * c.head_dim,
                            bias=c.qkv_bias)
-        self.wo = linear(c.quantization, c.n_head * c.head_dim, c.dim)
+        self.wo = linear(c.quantization, c.n_head * c.head_dim, c.dim, bias=c.wo_bias)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(c.head_dim, eps=c.norm_eps) if c.qk_norm else nn.Identity() for _ in "qk")
 
     def forward(self, x: Tensor, pos: Tensor, kv: Tensor, rope: Tensor, mask: Tensor) -> Tensor:
         B, S, _ = x.shape
         qkv = self.wqkv(x).view(B, S, -1, self.head_dim)
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         kv.index_copy_(0, pos, torch.stack((k, v)).permute(2, 0, 1, 3, 4))
         k, v = kv.permute(1, 2, 3, 0, 4)
         # The query heads that share a KV head become more rows of one head: the cache is never
@@ -98,8 +96,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.w13 = linear(c.quantization, c.dim, 2 * c.ffn_dim)  # gate and up projection in one
-        self.w2 = linear(c.quantization, c.ffn_dim, c.dim)
+        # gate and up projection in one
+        self.w13 = linear(c.quantization, c.dim, 2 * c.ffn_dim, bias=c.mlp_bias)
+        self.w2 = linear(c.quantization, c.ffn_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)

@@ -154,6 +154,8 @@ def read_share(config: ModelConfig):
         # These are split by their inputs; every rank needs the scales of all rows.
         if owner in ("wo", "w2") and len(shape := tensor.get_shape()) == 2:
             return tensor[:, r * shape[1] // n:(r + 1) * shape[1] // n].contiguous()
+        if owner in ("wo", "w2") and name.endswith(".bias") and r:  # the sum has it once
+            return torch.zeros_like(file.get_tensor(name))
         return file.get_tensor(name)
 
     return read

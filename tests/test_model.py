@@ -37,6 +37,8 @@ CASES = {
     "llama3 rope": ("Llama", HEADS | dict(rope_parameters=dict(LLAMA3_ROPE, rope_theta=5e4))),
     "mistral": ("Mistral", HEADS | dict(sliding_window=None, head_dim=16)),
     "qwen2": ("Qwen2", HEADS | dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen3, biases": ("Qwen3", HEADS | dict(head_dim=24, attention_bias=True)),
+    "llama, biases": ("Llama", HEADS | dict(attention_bias=True, mlp_bias=True)),
 }
 
 
@@ -115,6 +117,19 @@ MISTRAL = COMMON | dict(
     architectures=["MistralForCausalLM"], model_type="mistral", bos_token_id=1, eos_token_id=2,
     hidden_size=4096, intermediate_size=14336, max_position_embeddings=32768,
     num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-5)
+QWEN3 = COMMON | dict(
+    architectures=["Qwen3ForCausalLM"], model_type="qwen3", attention_bias=False, head_dim=128,
+    bos_token_id=151643, eos_token_id=151645, max_position_embeddings=40960, rms_norm_eps=1e-6,
+    num_key_value_heads=8, rope_theta=1000000, rope_scaling=None, sliding_window=None,
+    use_sliding_window=False, vocab_size=151936)
+
+
+def qwen3(dim, ffn_dim, n_layer, n_head, tied=False):
+    return QWEN3 | dict(hidden_size=dim, intermediate_size=ffn_dim, num_hidden_layers=n_layer,
+                        max_window_layers=n_layer, num_attention_heads=n_head,
+                        tie_word_embeddings=tied)
+
+
 PUBLISHED = {  # name: (config.json, parameters, context)
     "Llama-3.1-8B": (LLAMA3 | dict(
         eos_token_id=[128001, 128008, 128009], hidden_size=4096, intermediate_size=14336,
@@ -145,6 +160,18 @@ PUBLISHED = {  # name: (config.json, parameters, context)
         num_hidden_layers=28, num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1000000.0,
         sliding_window=131072, use_mrope=False, use_sliding_window=False, vocab_size=152064),
         7_615_616_512, 131072),
+    "Qwen3-0.6B": (qwen3(1024, 3072, 28, 16, tied=True), 596_049_920, 40960),
+    "Qwen3-1.7B": (qwen3(2048, 6144, 28, 16, tied=True), 1_720_574_976, 40960),
+    "Qwen3-4B": (qwen3(2560, 9728, 36, 32, tied=True), 4_022_468_096, 40960),
+    "Qwen3-8B": (qwen3(4096, 12288, 36, 32), 8_190_735_360, 40960),
+    "Qwen3-14B": (qwen3(5120, 17408, 40, 40), 14_768_307_200, 40960),
+    "Qwen3-32B": (qwen3(5120, 25600, 64, 64), 32_762_123_264, 40960),
+    "Qwen3-8B, YaRN as its card says": (qwen3(4096, 12288, 36, 32) | dict(rope_scaling=dict(
+        rope_type="yarn", factor=4.0, original_max_position_embeddings=32768)),
+        8_190_735_360, 131072),
+    "vicuna-7b-v1.5-16k": (LLAMA2 | dict(
+        max_position_embeddings=4096, vocab_size=32000,
+        rope_scaling=dict(factor=4.0, type="linear")), 6_738_415_616, 16384),
 }
 
 
@@ -158,9 +185,12 @@ def test_published_config(name):
     head_dim = hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
     rows = (hf["num_attention_heads"] + 2 * hf["num_key_value_heads"]) * head_dim
     assert sizes["layers.1.attn.wqkv.weight"] == (rows, hf["hidden_size"])
-    assert ("layers.0.attn.wqkv.bias" in sizes) == name.startswith("Qwen")
-    assert config.rope_theta == hf.get("rope_theta", 10000.0)
-    assert (config.rope_scaling is not None) == name.startswith("Llama-3")
+    assert ("layers.0.attn.wqkv.bias" in sizes) == name.startswith("Qwen2")
+    assert ("layers.0.attn.q_norm.weight" in sizes) == name.startswith("Qwen3")
+    slowest = hf.get("rope_theta", 10000.0) ** (2 / head_dim - 1)
+    factor = (hf.get("rope_scaling") or {}).get("factor", 1)
+    assert config.rope_freqs[-1] == pytest.approx(slowest / factor)
+    assert (config.rope_scale > 1) == ("YaRN" in name)
 
 
 def test_head_dim_that_is_not_dim_over_heads():
@@ -172,34 +202,83 @@ def test_head_dim_that_is_not_dim_over_heads():
     assert sizes["layers.0.attn.wo.weight"] == (5120, 4096)
 
 
-def test_both_spellings_of_the_rope_settings():
-    def table(**changes):
-        return rope_table(config_from(tiny_config(**changes)), 100)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_what_config_json_leaves_out_is_what_transformers_takes(family):
+    """A config.json of the sizes only, and one in which what may be null is null."""
+    sizes = dict(vocab_size=101, hidden_size=512, num_hidden_layers=3, num_attention_heads=32,
+                 intermediate_size=96)
+    theirs = getattr(transformers, f"{family}Config")
+    null = {"Llama": ("head_dim", "num_key_value_heads"), "Mistral": ("head_dim",)}
+    for more in ({}, dict.fromkeys(null.get(family, ["num_key_value_heads"]))):
+        want = theirs(**sizes, **more)
+        for name in ({"architectures": [f"{family}ForCausalLM"]},
+                     {"model_type": want.model_type}):
+            ours = config_from(sizes | more | name)
+            assert ours.n_kv_head == want.num_key_value_heads
+            assert ours.head_dim == getattr(want, "head_dim", 512 // 32)
+            assert ours.norm_eps == want.rms_norm_eps and ours.tied == want.tie_word_embeddings
+            assert ours.rope_freqs[1] == pytest.approx(
+                want.rope_parameters["rope_theta"] ** (-2 / ours.head_dim))
+            assert ours.sliding_window == getattr(want, "sliding_window", None)
+            assert ours.max_seq_len == (ours.sliding_window or want.max_position_embeddings)
 
-    old = table(rope_theta=5e4, rope_scaling=LLAMA3_ROPE)
-    older = {"type" if k == "rope_type" else k: v for k, v in LLAMA3_ROPE.items()}
-    new = dict(LLAMA3_ROPE, rope_theta=5e4)
-    assert torch.equal(old, table(rope_theta=5e4, rope_scaling=older))
-    assert torch.equal(old, table(rope_theta=None, rope_parameters=new))
-    plain = table(rope_theta=5e4, rope_scaling=None)
-    assert not torch.allclose(old, plain)
-    new = {"rope_type": "default", "rope_theta": 5e4}
-    assert torch.equal(plain, table(rope_theta=None, rope_parameters=new))
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+
+
+@pytest.mark.parametrize("settings,context", [
+    (dict(rope_type="default"), 256), (LLAMA3_ROPE, 256), (dict(rope_type="linear", factor=2.5), 640), (YARN, 128),
+    (YARN | dict(attention_factor=0.7), 128), (YARN | dict(beta_fast=16, beta_slow=2), 128),
+    (YARN | dict(mscale=1.0, mscale_all_dim=0.5), 128), (YARN | dict(mscale=0.7), 128),
+    (YARN | dict(truncate=False), 128), (dict(rope_type="yarn", factor=2.0), 512),
+    (YARN | dict(factor=None), 256), (YARN | dict(factor=1.0), 32),
+    (YARN | dict(rope_theta=100.0), 128)], ids=str)
+def test_rope_is_that_of_transformers(settings, context):
+    """Frequencies, cosines and sines, in each spelling; the context is vLLM's."""
+    config = transformers.LlamaConfig(**SMALL | HEADS | dict(
+        head_dim=32, max_position_embeddings=256, rope_parameters={"rope_theta": 5e4, **settings}))
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    theta, kind = config.rope_parameters["rope_theta"], settings["rope_type"]
+    rest = {key: value for key, value in settings.items() if key not in ("rope_type", "rope_theta")}
+    spellings = [dict(rope_parameters={"rope_theta": theta, **settings}),
+                 dict(rope_theta=theta, rope_scaling={"rope_type": kind, **rest}),
+                 dict(rope_theta=theta, rope_scaling={"type": kind, **rest})]
+    cos, sin = theirs(torch.zeros(1), torch.arange(300)[None])
+    for spelling in spellings:
+        ours = config_from(tiny_config(head_dim=32, max_position_embeddings=256) | spelling)
+        assert ours.max_seq_len == context
+        torch.testing.assert_close(torch.tensor(ours.rope_freqs), theirs.inv_freq, atol=0,
+                                   rtol=1e-6)
+        table = rope_table(ours, 300)
+        torch.testing.assert_close(table[:, 0], cos[0, :, :16], atol=1e-4, rtol=0)
+        torch.testing.assert_close(table[:, 1], sin[0, :, :16], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("changes,message", [
     ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
-    ({"architectures": None}, "architecture None"),
-    ({"hidden_act": "gelu"}, "hidden_act"),
-    ({"mlp_bias": True}, "mlp_bias"), ({"attention_bias": True}, "attention_bias"),
-    ({"pretraining_tp": 2}, "pretraining_tp"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"architectures": None}, "neither architectures nor model_type"),
+    ({"architectures": None, "model_type": "phi3"}, "model_type 'phi3' is not supported"),
+    ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported"),
+    ({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
+     "architecture 'LlamaForSequenceClassification' is not supported"),
+    ({"architectures": ["LlamaModel"], "model_type": "llama"}, "saved without its LM head"),
+    ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {}}, "multimodal"),
+    ({"architectures": ["MixtralForCausalLM"], "num_local_experts": 8}, "mixture of experts"),
+    ({"architectures": ["Qwen3MoeForCausalLM"]}, "mixture of experts"),
+    ({"hidden_act": "gelu"}, "hidden_act"), ({"head_dim": 15}, "head_dim 15 is odd"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
+    ({"quantization_config": {"load_in_4bit": True}}, "quantized by bitsandbytes"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     *(({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, f"rope type '{kind}'")
-      for kind in ("yarn", "linear", "dynamic", "longrope")),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type 'yarn'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+      for kind in ("dynamic", "longrope")),
+    ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope type 'su'"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope type"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
+    ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "'yarn' needs 'factor'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'low_freq_factor'"),
+    ({"rope_scaling": "yarn"}, "not an object"), ({"hidden_size": "64"}, "hidden_size = '64'"),
     *(({key: None}, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers",
                                      "num_attention_heads", "intermediate_size", "rms_norm_eps",
                                      "max_position_embeddings")),
@@ -209,12 +288,26 @@ def test_what_is_not_implemented_is_refused_by_name(changes, message):
         config_from(tiny_config(**changes))
 
 
+def test_keys_that_transformers_does_not_read():
+    """A bias that Mistral and Qwen2 cannot have; how a matrix was cut when it was trained."""
+    plain = config_from(tiny_config())
+    assert config_from(tiny_config(pretraining_tp=2, sliding_window=5)) == plain
+    mistral = config_from(tiny_config(model_type="mistral", attention_bias=True, mlp_bias=True))
+    assert not (mistral.qkv_bias or mistral.wo_bias or mistral.mlp_bias)
+    qwen2 = config_from(tiny_config(model_type="qwen2", attention_bias=False, mlp_bias=True))
+    assert qwen2.qkv_bias and not qwen2.wo_bias and not qwen2.mlp_bias
+
+
 def test_sliding_window_ends_the_context_where_it_would_matter():
-    for arch, changes, context in (("Mistral", {}, 50), ("Qwen2", {}, 128),
-                                   ("Qwen2", {"use_sliding_window": False}, 128),
-                                   ("Qwen2", {"use_sliding_window": True}, 50)):
+    uses = {"use_sliding_window": True}
+    for arch, changes, context in (
+            ("Mistral", {}, 50), ("Mistral", {"use_sliding_window": False}, 50),
+            ("Qwen2", {}, 128), ("Qwen2", {"use_sliding_window": False}, 128),
+            ("Qwen2", uses, 128), ("Qwen3", uses | {"max_window_layers": 1}, 50),  # of 2 layers
+            ("Qwen3", uses | {"layer_types": ["full_attention", "sliding_attention"]}, 50),
+            ("Qwen3", uses | {"layer_types": ["full_attention"] * 2, "max_window_layers": 0}, 128)):
         config = tiny_config(architectures=[f"{arch}ForCausalLM"], sliding_window=50, **changes)
-        assert config_from(config).max_seq_len == context
+        assert config_from(config).max_seq_len == context, (arch, changes)
 
 
 # ---------------------------------------------------------------- loading
@@ -268,8 +361,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("damage,message", [
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-50]),
      "model.safetensors is damaged or truncated"),
-    (lambda d: (d / "model.safetensors").write_bytes(b""),
-     "model.safetensors is damaged or truncated"),
+    (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: it is empty"),
     (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin"),
     (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
