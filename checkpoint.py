@@ -212,7 +212,9 @@ def yarn_rope(freqs, s):
     scale, weights = s.get("attention_factor"), (s.get("mscale"), s.get("mscale_all_dim"))
     if scale is None:
         scale = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale(1)
-    return freqs / factor * stretch + freqs * (1 - stretch), float(scale), int(original * factor)
+    # vLLM takes the product as the context, transformers' users max_position_embeddings.
+    context = max(s["context"], int(original * factor))
+    return freqs / factor * stretch + freqs * (1 - stretch), float(scale), context
 
 
 YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")

@@ -98,12 +98,13 @@ def main():
     config = config_from(hf, source / "config.json")
     refuse((config.quantization, f"{source} is converted and quantized already; give it to "
             "--target or --draft"))
-    if config.tied and not is_tied(source, config):
+    if untied := config.tied and not is_tied(source, config):
+        config, hf["tie_word_embeddings"] = replace(config, tied=False), False
+    planned, tokenizer = plan(source, config, DTYPES[args.dtype]), tokenizer_file(source, config)
+    if untied:
         print(f"{source}: lm_head.weight differs from the embedding, so both are kept as "
               "transformers does, although config.json says tie_word_embeddings: true",
               file=sys.stderr)
-        config, hf["tie_word_embeddings"] = replace(config, tied=False), False
-    planned, tokenizer = plan(source, config, DTYPES[args.dtype]), tokenizer_file(source, config)
     # transformers 5 writes the key "dtype" instead.
     hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}
     write_checkpoint(source, out, planned, hf, tokenizer)

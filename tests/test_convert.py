@@ -85,6 +85,30 @@ def test_a_copy_of_the_tied_embedding_is_dropped(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1000, checkpoint.CHUNK])
+@pytest.mark.parametrize("saved", ["another head", "the head only"])
+def test_tied_in_config_json_but_not_in_the_file(tmp_path, monkeypatch, capsys, saved, chunk):
+    monkeypatch.setattr(checkpoint, "CHUNK", chunk)
+    hf_directory(tmp_path / "hf", "tied")
+
+    def change(weights):
+        embed = weights["model.embed_tokens.weight"]
+        if saved == "the head only":
+            weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+        else:
+            weights["lm_head.weight"] = embed + (torch.arange(425) == 424)[:, None]  # its last row
+    edit_weights(tmp_path / "hf", change)
+    run_main(monkeypatch, tmp_path, "--dtype", "float32")
+    kept = "lm_head.weight differs from the embedding, so both are kept" in capsys.readouterr().err
+    assert kept == (saved == "another head") != read_config(tmp_path / "out").tied
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ours, ids = load(tmp_path / "out", dtype=torch.float32), torch.arange(20)
+    with torch.no_grad():
+        want = theirs(ids[None]).logits
+    torch.testing.assert_close(ours(ids[None], ids, ours.new_cache(20))[0], want, atol=1e-4,
+                               rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1000, checkpoint.CHUNK])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16])
 def test_shards_and_dtypes(tmp_path, monkeypatch, kind, chunk):
     monkeypatch.setattr(checkpoint, "CHUNK", chunk)  # a few rows at a time, or a whole tensor
@@ -122,6 +146,27 @@ def test_shards_and_dtypes(tmp_path, monkeypatch, kind, chunk):
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab12\nsize 499723\n"
 
 
+def rename(change):
+    """A function that gives a checkpoint's tensors other names."""
+    def edit(weights):
+        renamed = {change(name): w for name, w in weights.items()}
+        weights.clear()
+        weights.update(renamed)
+    return lambda directory: edit_weights(directory, edit)
+
+
+def only(name):
+    """A function that gives a checkpoint's weights another file name."""
+    return lambda directory: (directory / "model.safetensors").rename(directory / name)
+
+
+def convert(directory):
+    subprocess.run([sys.executable, ROOT / "convert_hf_checkpoint.py", "--checkpoint_dir",
+                    directory, "--out", directory.parent / "ours"], check=True, capture_output=True)
+    shutil.rmtree(directory)
+    (directory.parent / "ours").rename(directory)
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / "hf"
@@ -134,8 +179,9 @@ def source(tmp_path_factory):
      "model.safetensors is damaged or truncated"),
     (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin"),
     (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
-    (lambda d: (d / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"x": "model-00001-of-00002.safetensors"}}'),
+    (lambda d: ((d / "model.safetensors").unlink(),
+                (d / "model.safetensors.index.json").write_text(
+                    '{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')),
      "model-00001-of-00002.safetensors is missing"),
     (lambda d: shutil.rmtree(d), "is not a directory"),
     (lambda d: [p.unlink() for p in d.iterdir()], "is empty"),
@@ -150,7 +196,7 @@ def source(tmp_path_factory):
     (lambda d: edit_json(d / "config.json", architectures=["GemmaForCausalLM"]),
      "'GemmaForCausalLM' is not supported"),
     (lambda d: edit_weights(d, lambda w: w.pop("lm_head.weight")),
-     "weight lm_head.weight is missing"),
+     "weight lm_head.weight is missing, and config.json does not say tie_word_embeddings: true"),
     (put({"model.layers.0.mlp.gate.weight": torch.zeros(3)}),
      "weight model.layers.0.mlp.gate.weight has no place"),
     # Right together, wrong apart: neither the sum of the rows nor the first part shows it.
@@ -171,6 +217,35 @@ def source(tmp_path_factory):
     (lambda d: edit_json(d / "tokenizer_config.json", added_tokens_decoder={
         "425": {"content": "<new>"}}), "tokenizer.json has 426 tokens, config.json says vocab_size "
      "425: they do not belong together"),
+    # What is a checkpoint of another kind is said to be that, not to be damaged.
+    (put({"model.norm.weight": torch.ones(64, dtype=torch.float64)}),
+     "weight model.norm.weight is float64"),
+    (convert, "is converted already"),
+    (rename("language_model.{}".format), "it is a multimodal model"),
+    (rename(lambda name: name.replace("model.", "model.language_model.")), "multimodal model"),
+    (put({"vision_tower.x.weight": torch.ones(3)}), "multimodal model"),
+    (rename(lambda name: name.removeprefix("model.")), "from the model inside, without LM head"),
+    (rename("_orig_mod.{}".format), "from inside a wrapper"),
+    (rename("base_model.model.{}".format), "PEFT adapter"),
+    (rename(lambda name: name.replace("q_proj.weight", "q_proj.qweight")),
+     "quantized by another tool"),
+    (rename(lambda name: name.replace("mlp.", "mlp.experts.0.")), "mixture of experts"),
+    (rename(lambda name: name.replace("model.layers", "layers").replace(
+        "self_attn.q_proj", "attention.wq")), "Meta's or Mistral's own names"),
+    (lambda d: (d / "adapter_config.json").write_text("{}"), "holds a PEFT adapter"),
+    (lambda d: (only("adapter_model.safetensors")(d), (d / "config.json").unlink(),
+                (d / "adapter_config.json").write_text("{}")), "holds a PEFT adapter"),
+    (lambda d: (only("model-Q4_K_M.gguf")(d), (d / "config.json").unlink()), "llama.cpp"),
+    (only("model-00001-of-00002.safetensors"), "fetch the others and model.safetensors.index.json"),
+    (only("consolidated.00.safetensors"), "Mistral's own format"),
+    (only("model.fp16.safetensors"), "a name that transformers does not look for"),
+    (only("flax_model.msgpack"), "another framework's format"),
+    *((lambda d, method=method: edit_json(d / "config.json",
+                                          quantization_config={"quant_method": method}),
+       f"quantized by {method}") for method in ("gptq", "awq", "bitsandbytes", "fp8")),
+    (lambda d: (edit_json(d / "config.json", tie_word_embeddings=True),
+                put({"lm_head.weight": torch.zeros(426, 64)})(d)),
+     "weight lm_head.weight has shape [426, 64], config.json says [425, 64]"),
     (lambda d: (d.parent / "out").mkdir(), "exists; remove it or choose another"),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, damage, message, monkeypatch,

@@ -227,12 +227,13 @@ YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 
 
 @pytest.mark.parametrize("settings,context", [
-    (dict(rope_type="default"), 256), (LLAMA3_ROPE, 256), (dict(rope_type="linear", factor=2.5), 640), (YARN, 128),
-    (YARN | dict(attention_factor=0.7), 128), (YARN | dict(beta_fast=16, beta_slow=2), 128),
-    (YARN | dict(mscale=1.0, mscale_all_dim=0.5), 128), (YARN | dict(mscale=0.7), 128),
-    (YARN | dict(truncate=False), 128), (dict(rope_type="yarn", factor=2.0), 512),
-    (YARN | dict(factor=None), 256), (YARN | dict(factor=1.0), 32),
-    (YARN | dict(rope_theta=100.0), 128)], ids=str)
+    (dict(rope_type="default"), 256), (LLAMA3_ROPE, 256),
+    (dict(rope_type="linear", factor=2.5), 640), (YARN, 256), (YARN | dict(factor=20), 640),
+    (YARN | dict(attention_factor=0.7), 256), (YARN | dict(beta_fast=16, beta_slow=2), 256),
+    (YARN | dict(mscale=1.0, mscale_all_dim=0.5), 256), (YARN | dict(mscale=0.7), 256),
+    (YARN | dict(truncate=False), 256), (dict(rope_type="yarn", factor=2.0), 512),
+    (YARN | dict(factor=None), 256), (YARN | dict(factor=1.0), 256),
+    (YARN | dict(rope_theta=100.0), 256)], ids=str)
 def test_rope_is_that_of_transformers(settings, context):
     """Frequencies, cosines and sines, in each spelling; the context is vLLM's."""
     config = transformers.LlamaConfig(**SMALL | HEADS | dict(
