@@ -217,9 +217,13 @@ def run_main(monkeypatch, source, out, *args):
     return out
 
 
-QWEN = CONFIG | dict(architectures=["Qwen2ForCausalLM"])
+QWEN2, QWEN3 = (CONFIG | dict(architectures=[f"Qwen{i}ForCausalLM"]) for i in (2, 3))
+BIASES = dict(attention_bias=True, mlp_bias=True)  # the second means nothing to Qwen3
 CASES = [*(pytest.param(CONFIG, mode, id=mode) for mode in MODES),
-         pytest.param(QWEN, "int8", id="bias"),
+         pytest.param(QWEN2, "int8", id="qwen2"),
+         pytest.param(CONFIG | BIASES, "int8", id="biases"),
+         pytest.param(QWEN3, "int8", id="qwen3"),
+         pytest.param(QWEN3 | BIASES, "int4", id="qwen3, biases"),
          pytest.param(CONFIG | dict(tie_word_embeddings=True), "int4", id="tied")]
 
 
@@ -405,7 +409,7 @@ def cut_vocabulary(d):
      INT4, "convert it first"),
     (put({"norm.weight": torch.zeros(5)}), INT4, "norm.weight has shape [5]"),
     (put({"strange": torch.zeros(5)}), INT4, "strange has no place"),
-    (lambda d: (d / "model.safetensors").write_bytes(b""), INT4, "damaged or truncated"),
+    (lambda d: (d / "model.safetensors").write_bytes(b""), INT4, "it is empty"),
     (lambda d: (d / "config.json").unlink(), INT4, "config.json does not exist"),
     (lambda d: shutil.rmtree(d), INT4, "is not a directory"),
     (lambda d: (d.parent / "q").mkdir(), INT4, "exists; remove it or choose another"),

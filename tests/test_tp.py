@@ -93,11 +93,15 @@ def in_rank(monkeypatch, r, n=2):
     monkeypatch.setenv("WORLD_SIZE", str(n))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path, monkeypatch):
-    # with a bias on wqkv
-    config = tiny_config(architectures=["Qwen2ForCausalLM"], vocab_size=102,
-                         tie_word_embeddings=tied)
+BIASES = dict(attention_bias=True, mlp_bias=True)
+VARIANTS = {"qwen2": dict(model_type="qwen2"), "biases": BIASES,
+            "tied": dict(model_type="qwen2", tie_word_embeddings=True),
+            "qwen3": dict(model_type="qwen3", head_dim=16, attention_bias=True)}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(name, tmp_path, monkeypatch):
+    config = tiny_config(vocab_size=102, **VARIANTS[name])
     model = random_model(config)
     path = save_checkpoint(tmp_path / "m", model, config) / "model.safetensors"
     shares = []
@@ -111,8 +115,9 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
                                                                      t in shares[r].items()}
     for name, whole in model.named_parameters():
         a, b = shares[0][name], shares[1][name]
-        if whole.dim() == 1 and "wqkv" not in name:
-            assert torch.equal(a, whole) and torch.equal(b, whole)
+        if whole.dim() == 1 and not re.search("wqkv|w13", name):
+            once = re.search("(wo|w2).bias", name)  # the sum over the ranks has it once
+            assert torch.equal(a, whole) and torch.equal(b, 0 * whole if once else whole)
             continue
         assert a.numel() == b.numel() == whole.numel() // 2
         if "wqkv" in name:
@@ -124,6 +129,36 @@ def test_a_rank_reads_its_share_only_and_the_shares_are_the_whole(tied, tmp_path
             assert torch.equal(torch.cat((a[:48], b[:48], a[48:], b[48:])), whole)
         else:
             assert torch.equal(torch.cat((a, b), dim=1 if re.search("wo|w2", name) else 0), whole)
+
+
+LOGITS = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, tp
+from checkpoint import load, read_config
+tp.start("cpu")
+for path in sys.argv[1:]:
+    read = tp.read_share(read_config(path))
+    models = load(path, dtype=torch.float32), load(path, "cpu", torch.float32, tp.share, read)
+    ids = torch.arange(40)
+    whole, shared = (m(ids[None], ids, m.new_cache(40))[0] for m in models)
+    assert whole.std() > 0.5
+    torch.testing.assert_close(shared, whole, atol=1e-4, rtol=1e-4, msg=path)
+tp.leave()
+"""
+
+
+@pytest.mark.slow
+def test_logits_of_every_variant_are_those_of_the_whole_model(tmp_path):
+    (tmp_path / "script.py").write_text(LOGITS)
+    paths = []
+    for i, (name, variant) in enumerate(VARIANTS.items()):
+        config = tiny_config(vocab_size=102, **variant)
+        paths += [save_checkpoint(tmp_path / name, random_model(config, i), config)]
+        paths += [tmp_path / f"{name}-int8"]
+        subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", paths[-2],
+                        "--mode", "int8", "--out", paths[-1]], check=True, capture_output=True)
+    done = torchrun(tmp_path / "script.py", *paths)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
