@@ -142,8 +142,10 @@ def quantizer(settings) -> str:
 
 
 # ---------------------------------------------------------------- RoPE
-# As transformers' modeling_rope_utils. Each function takes the frequencies without scaling, float32
-# [head_dim / 2], and the settings, and returns (frequencies, scale of cosines and sines, context).
+# As transformers' modeling_rope_utils, to the last bit: at position 8,000 another rounding of the
+# frequencies moves logits by 1e-3. Each function takes the positions per radian without scaling,
+# float32 [head_dim / 2], and the settings; it returns (radians per position, scale of cosines and
+# sines, context).
 
 def rope(hf: dict, head_dim: int, context: int, where) -> tuple[Tensor, float, int]:
     """The frequencies that config.json asks for, by rope_parameters or rope_theta + rope_scaling.
@@ -169,31 +171,31 @@ def rope(hf: dict, head_dim: int, context: int, where) -> tuple[Tensor, float, i
     refuse((bad, f"{where}: rope type {kind!r} needs {bad!r} as a positive number"))
     # The CPU and float32, whatever the defaults are: a model is also built on "meta".
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-    return scaled(float(s["rope_theta"]) ** -(pairs / head_dim), s)
+    return scaled(s["rope_theta"] ** (pairs / head_dim), s)
 
 
-def default_rope(freqs, s):
-    return freqs, 1.0, s["context"]
+def default_rope(periods, s):
+    return 1 / periods, 1.0, s["context"]
 
 
-def linear_rope(freqs, s):
+def linear_rope(periods, s):
     """Chen et al., arXiv 2306.15595; max_position_embeddings is the context before, as in vLLM."""
-    return freqs / s["factor"], 1.0, int(s["context"] * s["factor"])
+    return 1 / periods / s["factor"], 1.0, int(s["context"] * s["factor"])
 
 
-def llama3_rope(freqs, s):
+def llama3_rope(periods, s):
     """Llama 3.1: wavelengths beyond the original context are stretched, short ones kept."""
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    rotations = s["original_max_position_embeddings"] * freqs / (2 * math.pi)
+    low, high, freqs = s["low_freq_factor"], s["high_freq_factor"], 1 / periods
+    rotations = s["original_max_position_embeddings"] / (2 * math.pi / freqs)
     keep = ((rotations - low) / (high - low)).clamp(0, 1)
     return keep * freqs + (1 - keep) * freqs / s["factor"], 1.0, s["context"]
 
 
-def yarn_rope(freqs, s):
+def yarn_rope(periods, s):
     """Peng et al., arXiv 2309.00071: as Llama 3.1's, with a ramp over the pairs' indices, and
     sharper attention.
     """
-    dim, original = 2 * len(freqs), s["original_max_position_embeddings"]
+    dim, original = 2 * len(periods), s["original_max_position_embeddings"]
     factor = s.get("factor") or s["context"] / original
 
     def pair(rotations):  # twice the index of the pair that turns so often in the original context
@@ -207,14 +209,14 @@ def yarn_rope(freqs, s):
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    index = torch.arange(len(freqs), dtype=torch.float32, device="cpu")
-    stretch = ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
+    index = torch.arange(len(periods), dtype=torch.float32, device="cpu")
+    keep = 1 - ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
     scale, weights = s.get("attention_factor"), (s.get("mscale"), s.get("mscale_all_dim"))
     if scale is None:
         scale = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale(1)
     # vLLM takes the product as the context, transformers' users max_position_embeddings.
     context = max(s["context"], int(original * factor))
-    return freqs / factor * stretch + freqs * (1 - stretch), float(scale), context
+    return 1 / (factor * periods) * (1 - keep) + 1 / periods * keep, float(scale), context
 
 
 YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
