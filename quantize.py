@@ -91,6 +91,7 @@ def main():
     args = parse_args()
     source, out = args.checkpoint_dir, args.out
     refuse((not source.is_dir(), f"--checkpoint_dir {source} is not a directory"))
+    weight_files(source)  # says what the directory holds if not a checkpoint
     hf = read_json(source / "config.json")
     config = config_from(hf, source / "config.json")
     if q := config.quantization:

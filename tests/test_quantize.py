@@ -411,6 +411,8 @@ def cut_vocabulary(d):
     (put({"strange": torch.zeros(5)}), INT4, "strange has no place"),
     (lambda d: (d / "model.safetensors").write_bytes(b""), INT4, "it is empty"),
     (lambda d: (d / "config.json").unlink(), INT4, "config.json does not exist"),
+    (lambda d: ((d / "config.json").unlink(), (d / "model.safetensors").rename(d / "m.gguf")), INT4,
+     "llama.cpp's format"),
     (lambda d: shutil.rmtree(d), INT4, "is not a directory"),
     (lambda d: (d.parent / "q").mkdir(), INT4, "exists; remove it or choose another"),
 ])
