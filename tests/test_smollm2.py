@@ -48,12 +48,13 @@ CHATS = {  # role, content, role, content, ...
 }
 
 
-def prompts(source: str, count=20) -> list[str]:
+def prompts(source: str) -> list[str]:
+    """The written ones, or 20 of IFEval's short ones."""
     if source == "written":
         return WRITTEN
     texts = [json.loads(line)["prompt"] for line in IFEVAL.read_text().splitlines()]
     short = [text for text in texts if len(text) < 200]
-    return short[::len(short) // count][:count]
+    return short[::len(short) // 20][:20]
 
 
 @functools.cache
@@ -117,10 +118,11 @@ def by_the_book(model: dict):
     """encode(text) of byte-level BPE with a tokenizer.json's vocabulary and merges: digits one by
     one, GPT-2's words, then the merges in their order.
     """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
     ids, rank = model["vocab"], {tuple(m.split(" ")): i for i, m in enumerate(model["merges"])}
     words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
                           r"|\s+")
-    spelled = transformers.convert_slow_tokenizer.bytes_to_unicode()
+    spelled = bytes_to_unicode()
 
     def encode(text):
         out = []
@@ -183,7 +185,7 @@ def test_its_int4_copy_as_draft_leaves_the_tokens_as_they_are(home, ours):
     draft = load(home / "draft", dtype=torch.bfloat16)  # for which a CPU has an int4 kernel
     engine = Engine(ours.target, LlamaDrafter(draft), speculate_k=16)
     accepted = rounds = 0
-    for text in prompts("ifeval" if IFEVAL.exists() else "written", 5):
+    for text in prompts("ifeval" if IFEVAL.exists() else "written")[:5]:
         ids, alone = ours.alone(text)
         result = generate(engine, ids, 64, ours.tokenizer.eos_ids)
         assert result.tokens == alone, text
