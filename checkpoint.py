@@ -6,7 +6,6 @@ directory is written from a plan, {name: Planned}, so memory does not grow with 
 import ctypes
 import hashlib
 import json
-import math
 import re
 import shutil
 import struct
@@ -20,7 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, open_weights, read_json, refuse, replacing
-from linear import Quantization, prepare
+from formats.config import MIXTURE, MULTIMODAL, config_fields
+from linear import prepare
 from model import ModelConfig, Transformer
 
 FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8",
@@ -30,202 +30,6 @@ SHARD_BYTES = 5 * 1024**3
 CHUNK = 4 * 1024**2  # weights read at a time: 16 MB as float32
 COPIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
           "added_tokens.json", "chat_template.jinja")
-
-
-# What transformers' config classes (5.24) take where config.json lacks a key, by model_type. A key
-# that a family does not have, such as Mistral attention_bias, means nothing to it.
-ANY = dict(vocab_size=None, hidden_size=None, num_hidden_layers=None, num_attention_heads=None,
-           intermediate_size=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6,
-           tie_word_embeddings=False)
-QWEN = ANY | dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096,
-                  use_sliding_window=False, max_window_layers=28, layer_types=None)
-FAMILIES = {
-    "llama": ANY | dict(max_position_embeddings=2048, num_key_value_heads=None,
-                        attention_bias=False, mlp_bias=False),
-    "mistral": ANY | dict(max_position_embeddings=131072, num_key_value_heads=8,
-                          sliding_window=4096),
-    "qwen2": QWEN,
-    "qwen3": QWEN | dict(head_dim=128, attention_bias=False),
-}
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-MULTIMODAL = "it is a multimodal model, and only text models are supported"
-MIXTURE = "it is a mixture of experts, and only dense models are supported"
-
-
-# ---------------------------------------------------------------- config.json
-
-def config_from(hf: dict, where="config.json") -> ModelConfig:
-    """The config that Hugging Face's keys describe.
-
-    Raises UserError naming a missing key or a setting that is not implemented.
-    """
-    family = family_of(hf, where)
-    said = {key: hf.get(key, default) for key, default in FAMILIES[family].items()}
-
-    def need(key, otherwise=None, kind=int):
-        value = otherwise if said[key] is None else said[key]
-        refuse((value is None, f"{where}: key {key!r} is missing"),
-               (not isinstance(value, kind) or value <= 0,
-                f"{where}: {key} = {value!r} is no such number"))
-        return value
-
-    refuse((other := hf.get("quantization_config"), f"{where}: the weights are quantized by "
-            f"{quantizer(other)} (quantization_config); take the checkpoint that is not quantized, "
-            "and quantize that with quantize.py"),
-           (said["hidden_act"] not in ("silu", "swish"), f"{where}: hidden_act = "
-            f"{said['hidden_act']!r} is not implemented (only 'silu' is)"))
-    n_head, dim, n_layer = map(need, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    n_kv_head, head_dim = need("num_key_value_heads", n_head), need("head_dim", dim // n_head)
-    refuse((n_head % n_kv_head, f"{where}: num_attention_heads {n_head} is not a multiple of "
-            f"num_key_value_heads {n_kv_head}"),
-           (head_dim % 2, f"{where}: head_dim {head_dim} is odd, and RoPE rotates pairs"))
-    freqs, scale, context = rope(hf, head_dim, need("max_position_embeddings"), where)
-    window = window_of(family, said)
-    return ModelConfig(
-        vocab_size=need("vocab_size"), dim=dim, n_layer=n_layer, n_head=n_head,
-        n_kv_head=n_kv_head, head_dim=head_dim, ffn_dim=need("intermediate_size"),
-        norm_eps=need("rms_norm_eps", kind=(int, float)), rope_freqs=tuple(freqs.tolist()),
-        rope_scale=scale, max_seq_len=min(context, window or context), sliding_window=window,
-        tied=bool(said["tie_word_embeddings"]),
-        qkv_bias=family == "qwen2" or bool(said.get("attention_bias")),
-        wo_bias=bool(said.get("attention_bias")), mlp_bias=bool(said.get("mlp_bias")),
-        qk_norm=family == "qwen3",
-        quantization=Quantization.from_dict(hf.get("quantization"), where))
-
-
-def window_of(family: str, said: dict) -> int | None:
-    """The sliding window of a model's layers. Qwen has one in some layers, if it says so."""
-    if family == "mistral":
-        return said["sliding_window"]
-    if not said.get("use_sliding_window"):
-        return None
-    some = ("sliding_attention" in said["layer_types"] if said["layer_types"] else
-            said["num_hidden_layers"] > (said["max_window_layers"] or 0))
-    return said["sliding_window"] if some else None
-
-
-def read_config(checkpoint_dir) -> ModelConfig:
-    path = Path(checkpoint_dir) / "config.json"
-    if not path.exists():
-        weight_files(checkpoint_dir)  # says what the directory holds if not a checkpoint
-    return config_from(read_json(path), path)
-
-
-def family_of(hf: dict, where) -> str:
-    """The model_type, a key of FAMILIES. As in transformers it counts more than architectures,
-    which only must not name a model of another kind: a classifier, a draft head.
-    """
-    names = hf.get("architectures")
-    arch = names[0] if isinstance(names, list) and names else names or None
-    family = hf.get("model_type") or ARCHITECTURES.get(arch)
-    # LLaMAForCausalLM is how the first conversions spelled it.
-    known = arch is None or str(arch).lower() in map(str.lower, ARCHITECTURES)
-    if known and family in FAMILIES:
-        return family
-    refuse((not arch and not family, f"{where}: it has neither architectures nor model_type, so "
-            "which model it describes is unknown"))
-    what = f"model_type {family!r}" if known else f"architecture {arch!r}"
-    experts = any(hf.get(f"{k}_experts") for k in ("num", "num_local", "n_routed"))
-    why = (MULTIMODAL if hf.keys() & {"text_config", "vision_config", "audio_config"} else
-           MIXTURE if experts or "moe" in f"{arch} {family}".lower() else
-           "it was saved without its LM head" if str(arch).endswith("Model") else None)
-    raise UserError(f"{where}: {what} is not supported{': ' * bool(why)}{why or ''} (supported: "
-                    f"{', '.join(ARCHITECTURES)})")
-
-
-def quantizer(settings) -> str:
-    """Who made the weights that `quantization_config` describes: gptq, awq, fp8, ..."""
-    settings = settings if isinstance(settings, dict) else {}
-    bits = any(settings.get(f"load_in_{n}bit") for n in (4, 8))  # before it named itself
-    return settings.get("quant_method") or ("bitsandbytes" if bits else "another tool")
-
-
-# ---------------------------------------------------------------- RoPE
-# As transformers' modeling_rope_utils, to the last bit: at position 8,000 another rounding of the
-# frequencies moves logits by 1e-3. Each function takes the positions per radian without scaling,
-# float32 [head_dim / 2], and the settings; it returns (radians per position, scale of cosines and
-# sines, context).
-
-def rope(hf: dict, head_dim: int, context: int, where) -> tuple[Tensor, float, int]:
-    """The frequencies that config.json asks for, by rope_parameters or rope_theta + rope_scaling.
-
-    context: max_position_embeddings. Raises UserError naming a kind that is not implemented, or a
-    setting that is missing.
-    """
-    s = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    refuse((not isinstance(s, dict), f"{where}: the settings of RoPE are {s!r}, not an object"))
-    original = "original_max_position_embeddings"
-    s = s | {"rope_theta": s.get("rope_theta") or hf.get("rope_theta") or 10000.0,
-             original: hf.get(original) or s.get(original) or context, "context": context}
-    kind = str(s.get("rope_type", s.get("type", "default")))
-    part = s.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    refuse((kind not in ROPE or any(isinstance(value, dict) for value in s.values()),
-            f"{where}: rope type {kind!r} is not implemented (only {', '.join(ROPE)} are)"),
-           (part not in (None, 1), f"{where}: partial_rotary_factor = {part!r} is not implemented "
-            "(only 1.0 is)"))
-    scaled, keys = ROPE[kind]
-    given = [k for k in ("rope_theta", original, *YARN_NUMBERS) if s.get(k) is not None]
-    bad = next((k for k in (*keys, *given) if not isinstance(s.get(k), (int, float)) or s[k] < 0
-                or k in keys and not s[k]), None)
-    refuse((bad, f"{where}: rope type {kind!r} needs {bad!r} as a positive number"))
-    # The CPU and float32, whatever the defaults are: a model is also built on "meta".
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-    return scaled(s["rope_theta"] ** (pairs / head_dim), s)
-
-
-def default_rope(periods, s):
-    return 1 / periods, 1.0, s["context"]
-
-
-def linear_rope(periods, s):
-    """Chen et al., arXiv 2306.15595; max_position_embeddings is the context before, as in vLLM."""
-    return 1 / periods / s["factor"], 1.0, int(s["context"] * s["factor"])
-
-
-def llama3_rope(periods, s):
-    """Llama 3.1: wavelengths beyond the original context are stretched, short ones kept."""
-    low, high, freqs = s["low_freq_factor"], s["high_freq_factor"], 1 / periods
-    rotations = s["original_max_position_embeddings"] / (2 * math.pi / freqs)
-    keep = ((rotations - low) / (high - low)).clamp(0, 1)
-    return keep * freqs + (1 - keep) * freqs / s["factor"], 1.0, s["context"]
-
-
-def yarn_rope(periods, s):
-    """Peng et al., arXiv 2309.00071: as Llama 3.1's, with a ramp over the pairs' indices, and
-    sharper attention.
-    """
-    dim, original = 2 * len(periods), s["original_max_position_embeddings"]
-    factor = s.get("factor") or s["context"] / original
-
-    def pair(rotations):  # twice the index of the pair that turns so often in the original context
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(
-            s["rope_theta"]))
-
-    def mscale(weight):
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    low, high = pair(s.get("beta_fast") or 32), pair(s.get("beta_slow") or 1)
-    if s.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    index = torch.arange(len(periods), dtype=torch.float32, device="cpu")
-    keep = 1 - ((index - low) / ((high - low) or 0.001)).clamp(0, 1)
-    scale, weights = s.get("attention_factor"), (s.get("mscale"), s.get("mscale_all_dim"))
-    if scale is None:
-        scale = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale(1)
-    # vLLM takes the product as the context, transformers' users max_position_embeddings.
-    context = max(s["context"], int(original * factor))
-    return 1 / (factor * periods) * (1 - keep) + 1 / periods * keep, float(scale), context
-
-
-YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-ROPE = {  # and what each needs
-    "default": (default_rope, ()),
-    "linear": (linear_rope, ("factor",)),
-    "llama3": (llama3_rope, ("factor", "low_freq_factor", "high_freq_factor")),
-    "yarn": (yarn_rope, ()),
-}
 
 
 # ---------------------------------------------------------------- names and shapes
@@ -268,6 +72,18 @@ def source_shapes(config: ModelConfig) -> dict[str, dict[str, list[int]]]:
 
 # ---------------------------------------------------------------- reading
 
+def config_from(hf: dict, where="config.json") -> ModelConfig:
+    """The config that Hugging Face's keys describe; raises UserError for what is not there."""
+    return ModelConfig(**config_fields(hf, where))
+
+
+def read_config(checkpoint_dir) -> ModelConfig:
+    path = Path(checkpoint_dir) / "config.json"
+    if not path.exists():
+        weight_files(checkpoint_dir)  # says what the directory holds if not a checkpoint
+    return config_from(read_json(path), path)
+
+
 def weight_files(checkpoint_dir) -> list[Path]:
     """The safetensors files of a checkpoint directory; raises UserError if any is missing."""
     directory = Path(checkpoint_dir)
@@ -308,7 +124,8 @@ def no_weights(directory: Path) -> str:
     for pattern, what in OTHER_FILES:
         if found := [name for name in names if re.search(pattern, name)]:
             return f"{directory} holds no model.safetensors, only {found[0]}: {what}"
-    return f"{directory} holds no model.safetensors and no model.safetensors.index.json"
+    return (f"{directory} holds no model.safetensors and no model.safetensors.index.json; give a "
+            "checkpoint's directory")
 
 
 NOT_OURS = (  # how a tensor's name can begin or end, and what it shows of a checkpoint

@@ -25,8 +25,8 @@ from checkpoint import (
     write_checkpoint,
 )
 from common import check_writable, open_weights, read_bytes, read_json, refuse, run
+from load import read_vocabulary
 from model import DTYPES, ModelConfig
-from tokenizer import Tokenizer
 
 EMBED, HEAD = TOP["embed.weight"], TOP["output.weight"]
 
@@ -67,15 +67,6 @@ def plan(checkpoint_dir, config: ModelConfig, dtype: torch.dtype) -> dict[str, P
             for name, shape in shapes(config).items()}
 
 
-def tokenizer_file(source: Path, config: ModelConfig) -> dict[str, bytes]:
-    """The tokenizer as it is published, {name: content}, once it is sure that it can be read."""
-    tokenizer = Tokenizer.from_dir(source)
-    refuse((tokenizer.vocab_size > config.vocab_size, f"{tokenizer.path} has "
-            f"{tokenizer.vocab_size} tokens, config.json says vocab_size {config.vocab_size}: they "
-            "do not belong together; fetch both from one revision"))
-    return {tokenizer.path.name: read_bytes(tokenizer.path)}
-
-
 # ---------------------------------------------------------------- command line
 
 def main():
@@ -100,14 +91,15 @@ def main():
             "--target or --draft"))
     if untied := config.tied and not is_tied(source, config):
         config, hf["tie_word_embeddings"] = replace(config, tied=False), False
-    planned, tokenizer = plan(source, config, DTYPES[args.dtype]), tokenizer_file(source, config)
+    planned = plan(source, config, DTYPES[args.dtype])
+    path = read_vocabulary(source)[1].path
     if untied:
         print(f"{source}: lm_head.weight differs from the embedding, so both are kept as "
               "transformers does, although config.json says tie_word_embeddings: true",
               file=sys.stderr)
     # transformers 5 writes the key "dtype" instead.
     hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}
-    write_checkpoint(source, out, planned, hf, tokenizer)
+    write_checkpoint(source, out, planned, hf, {path.name: read_bytes(path)})
     print(f"{source} -> {out}: {sum(t.shape.numel() for t in planned.values()):,} parameters in "
           f"{args.dtype}")
 

@@ -1,7 +1,7 @@
 """Llama in plain PyTorch: config, transformer, static KV cache. Nothing here knows of drafts.
 
 Covers dense Llama (SmolLM2, TinyLlama, Yi and the like too), Mistral, Qwen2/2.5 and Qwen3;
-checkpoint.py makes the config from a `config.json` and refuses by name what is not implemented.
+formats/config.py makes the config from a `config.json` and refuses by name what is not there.
 """
 from dataclasses import dataclass
 

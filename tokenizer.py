@@ -14,8 +14,8 @@ from pathlib import Path
 import tokenizers
 
 from common import UserError, not_the_file, read_bytes, read_json, refuse, visible
-from text import model_file
-from text.template import TemplateError, render
+from formats import model_file
+from formats.template import TemplateError, render
 
 # Noncharacters around a control string that a message holds, while the template renders.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"

@@ -22,8 +22,8 @@ from tokenizers import (
     trainers,
 )
 
+from formats.model_file import LLAMA3_PATTERN, byte_alphabet
 from helpers import strings
-from text.model_file import LLAMA3_PATTERN, byte_alphabet
 
 QWEN_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN_PATTERN = (

@@ -108,7 +108,8 @@ LINUX = Path("/proc/self/status").exists()
 PEAK = """
 import threading, torch
 from pathlib import Path
-from checkpoint import config_from, read_config, shapes, write_weights
+from checkpoint import read_config, shapes, write_weights
+from checkpoint import config_from
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -215,8 +215,7 @@ def source(tmp_path_factory):
     (lambda d: (d / "model.safetensors").write_text(POINTER), "it is a Git LFS pointer"),
     (lambda d: (d / "config.json").write_text("<!doctype html><html>"), "it is a web page"),
     (lambda d: edit_json(d / "tokenizer_config.json", added_tokens_decoder={
-        "425": {"content": "<new>"}}), "tokenizer.json has 426 tokens, config.json says vocab_size "
-     "425: they do not belong together"),
+        "425": {"content": "<new>"}}), "hf/config.json says vocab_size 425: they do not belong"),
     # What is a checkpoint of another kind is said to be that, not to be damaged.
     (put({"model.norm.weight": torch.ones(64, dtype=torch.float64)}),
      "weight model.norm.weight is float64"),

@@ -525,7 +525,7 @@ def test_interactive_keeps_going(pair, tmp_path):
 
 BAD = [
     (("--target", "nowhere", "--prompt", "x"), "nowhere"),
-    (("--target", "{}/empty", "--prompt", "x"), "empty/config.json does not exist"),
+    (("--target", "{}/empty", "--prompt", "x"), "empty holds no model.safetensors"),
     (("--target", "{}/truncated", "--prompt", "x"), "truncated/model.safetensors is damaged or "
      "truncated"),
     (("--target", "{}/keyless", "--prompt", "x"), "'num_hidden_layers' is missing"),

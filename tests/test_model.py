@@ -362,7 +362,7 @@ def checkpoint(tmp_path):
 @pytest.mark.parametrize("damage,message", [
     (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-50]),
      "model.safetensors is damaged or truncated"),
-    (lambda d: (d / "model.safetensors").write_bytes(b""), "model.safetensors: it is empty"),
+    (lambda d: (d / "model.safetensors").write_bytes(b""), "damaged or truncated .it is empty"),
     (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pytorch_model.bin"),
     (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),

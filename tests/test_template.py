@@ -1,12 +1,12 @@
-"""text/template.py: transformers' text for any template, and a line for whatever goes wrong."""
+"""formats/template.py: transformers' text for any template, and a line for whatever goes wrong."""
 import json
 import time
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from text import template
-from text.template import TemplateError, render
+from formats import template
+from formats.template import TemplateError, render
 
 TALK = [{"role": "user", "content": "the cät <b> \"x\" 日"},
         {"role": "assistant", "content": "ok", "tool_calls": [{"name": "f", "arguments": [1]}]}]

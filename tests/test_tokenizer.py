@@ -14,8 +14,8 @@ from tokenizers.decoders import DecodeStream
 
 from common import UserError
 from families import FAMILIES, sentencepiece_model
+from formats.model_file import LLAMA3_PATTERN, LLAMA3_SPECIAL, is_ranks
 from helpers import strings
-from text.model_file import LLAMA3_PATTERN, LLAMA3_SPECIAL, is_ranks
 from tokenizer import Stream, Tokenizer, cut_at_stop, stop_check
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
