@@ -98,6 +98,9 @@ def weight_files(checkpoint_dir) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: no weight_map in it; fetch the file again")
+    for name in names.values():  # nothing beside the directory is read; a link in it may lead out
+        refuse((not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts,
+                f"{index}: {name!r} is no file of this directory; fetch the index again"))
     files = [directory / name for name in sorted(set(names.values()))]
     if missing := [f for f in files if not f.is_file()]:
         raise UserError(f"{missing[0]} is missing; fetch it again")
@@ -120,6 +123,9 @@ OTHER_FILES = (  # weights that are not read
 
 def no_weights(directory: Path) -> str:
     """Why a directory without model.safetensors is not a checkpoint, in words."""
+    lost = next((p for p in sorted(directory.iterdir()) if not p.exists()), None)
+    if lost:
+        return f"{lost} is a link to a file that is not there; fetch the checkpoint again"
     names = sorted(p.name for p in directory.iterdir())
     for pattern, what in OTHER_FILES:
         if found := [name for name in names if re.search(pattern, name)]:

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 from checkpoint import (
+    COPIED,
+    PLAIN,
     TOP,
     Planned,
     config_from,
@@ -24,8 +26,17 @@ from checkpoint import (
     weight_files,
     write_checkpoint,
 )
-from common import check_writable, open_weights, read_bytes, read_json, refuse, run
-from load import read_vocabulary
+from common import (
+    UserError,
+    check_writable,
+    not_the_file,
+    open_weights,
+    read_bytes,
+    read_json,
+    refuse,
+    run,
+)
+from load import dtype_name, read_vocabulary
 from model import DTYPES, ModelConfig
 
 EMBED, HEAD = TOP["embed.weight"], TOP["output.weight"]
@@ -35,6 +46,12 @@ def embedding_and_head(checkpoint_dir) -> dict:
     """{name: slice} of the two, as far as the files have them; nothing is read yet."""
     return {name: file.get_slice(name) for path in weight_files(checkpoint_dir)
             for file in [open_weights(path)] for name in file.keys() if name in (EMBED, HEAD)}
+
+
+def kept_better(checkpoint_dir) -> str:
+    """The dtypes of the files' embedding and head that bfloat16 rounds, in words, or ""."""
+    kinds = {tensor.get_dtype() for tensor in embedding_and_head(checkpoint_dir).values()}
+    return " and ".join(sorted(dtype_name(PLAIN[kind]) for kind in kinds - {"BF16"}))
 
 
 def is_tied(checkpoint_dir, config: ModelConfig) -> bool:
@@ -93,6 +110,12 @@ def main():
         config, hf["tie_word_embeddings"] = replace(config, tied=False), False
     planned = plan(source, config, DTYPES[args.dtype])
     path = read_vocabulary(source)[1].path
+    for name in COPIED:
+        if (source / name).exists() and (why := not_the_file(read_bytes(source / name))):
+            raise UserError(f"{source / name}: {why}; fetch it again")
+    if args.dtype == "bfloat16" and (kinds := kept_better(source)):
+        print(f"{source}: weights of {kinds} are rounded to bfloat16; --dtype float32 keeps them",
+              file=sys.stderr)
     if untied:
         print(f"{source}: lm_head.weight differs from the embedding, so both are kept as "
               "transformers does, although config.json says tie_word_embeddings: true",

@@ -5,6 +5,7 @@ tokenizers library, with what the files beside it add. Text that a user types ne
 special token: "<|eot_id|>" is its characters, only the chat template's own text gives the token. An
 id that no token has (checkpoints pad their embedding) is empty text.
 """
+import contextlib
 import functools
 import json
 import re
@@ -50,19 +51,21 @@ def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
                         "added_tokens.json are not ids with tokens; fetch the file again") from None
 
 
-def named_tokens(settings: dict) -> dict[str, str]:
+def named_tokens(settings: dict) -> dict[str, str | None]:
     """{"bos_token": "<s>", ...}: every token with a name, as chat templates see them."""
-    text = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items()
-            if k.endswith("_token")}
-    return {k: v for k, v in text.items() if isinstance(v, str)}
+    named = {k: v for k, v in settings.items() if k.endswith("_token")}
+    if isinstance(more := settings.get("extra_special_tokens"), dict):
+        named |= more
+    text = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
+    return {k: v for k, v in text.items() if v is None or isinstance(v, str)}
 
 
 def special_texts(settings: dict) -> list[str]:
     """The tokens that are special because they have a name or are listed as such."""
-    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    texts = list(listed.values()) if isinstance(listed, dict) else listed
-    texts = [t.get("content") if isinstance(t, dict) else t for t in texts]
-    return [*named_tokens(settings).values(), *(t for t in texts if isinstance(t, str))]
+    listed = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+    texts = [t.get("content") if isinstance(t, dict) else t
+             for t in (listed if isinstance(listed, list) else [])]
+    return [t for t in (*named_tokens(settings).values(), *texts) if isinstance(t, str)]
 
 
 def pattern_of(tokens, before=lambda token: "") -> re.Pattern:
@@ -71,35 +74,56 @@ def pattern_of(tokens, before=lambda token: "") -> re.Pattern:
     return re.compile("|".join(before(t) + re.escape(t) for t in longest_first) or "(?!)")
 
 
+@contextlib.contextmanager
+def said_by_library(path: Path):
+    """Turn what the tokenizers library says of a file, a Rust panic too, into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as e:
+        if isinstance(e, Exception) or type(e).__name__ == "PanicException":
+            raise UserError(f"{path} cannot be read as a tokenizer: {visible(str(e))}; fetch it "
+                            "again") from None
+        raise
+
+
 # ---------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
     """A checkpoint's tokens. `library`: the tokenizers library's tokenizer, with all of them.
 
     added, special: {token: id} of the added tokens and of the special ones among them. names:
-    {"bos_token": "<s>", ...}. bos, eos: ids put around a text. eos_ids: every EOS that config.json
-    and generation_config.json name, or else the tokenizer's own.
+    {"bos_token": "<s>", ...}. bos, eos: ids put around a text. eos_ids: the EOS tokens of
+    generation_config.json, else of config.json, else the tokenizer's own.
     """
 
     def __init__(self, directory: Path, path: Path):
         self.directory, self.path, self._lock = directory, path, threading.Lock()
         self.settings, table = declared(directory)
-        self.names = self._read(read_bytes(path)) | named_tokens(self.settings)
-        self._add(table)
+        config, generation = (optional_json(directory / name) for name in (
+            "config.json", "generation_config.json"))
+        with said_by_library(path):
+            names = self._read(read_bytes(path), config.get("model_type"))
+            self._add(table)
+        self.names = {name: token for name, token in (names | named_tokens(self.settings)).items()
+                      if token is not None}
         added = self.library.get_added_tokens_decoder()
         self.added = {t.content: i for i, t in added.items()}
         self.special = {t.content: i for i, t in added.items() if t.special}
         self.special_ids = frozenset(self.special.values())
         # Where an added token begins that swallows the spaces before it, and any special one.
         self._first_added = pattern_of(self.added, lambda t: (
-            r"\s*" if added[self.added[t]].lstrip else ""))
+            r"(?<!\s)\s*" if added[self.added[t]].lstrip else ""))
         self._control = re.compile(f"(?={pattern_of(t for t in self.special if t[1:]).pattern})")
-        self.bos, self.eos = self._around()
-        named = [optional_json(directory / name).get("eos_token_id")
-                 for name in ("config.json", "generation_config.json")]
-        ids = [i for eos in named for i in (eos if isinstance(eos, list) else [eos])
-               if i is not None]
-        self.eos_ids = tuple(dict.fromkeys(ids or self._id("eos_token")))
+        with said_by_library(path):
+            self.bos, self.eos = self._around()
+        eos = next((c["eos_token_id"] for c in (generation, config)
+                    if c.get("eos_token_id") is not None), self._id("eos_token"))
+        ids = eos if isinstance(eos, list) else [eos]
+        refuse((not all(type(i) is int for i in ids), f"{directory}: eos_token_id is {eos!r}, not "
+                "a token's id or a list of them"))
+        self.eos_ids = tuple(dict.fromkeys(ids))
 
     @classmethod
     def from_dir(cls, checkpoint_dir) -> "Tokenizer":
@@ -120,19 +144,15 @@ class Tokenizer:
                f"({str(directory)!r}).save_pretrained({str(directory)!r})" if others else
                "; fetch it into the directory"))
 
-    def _read(self, data: bytes) -> dict[str, str]:
+    def _read(self, data: bytes, model_type) -> dict[str, str]:
         """Set `library` from a file's content; the names that the file itself gives to tokens."""
         names = {}
-        try:
-            if why := not_the_file(data):
-                raise ValueError(why)
-            if self.path.suffix == ".json":
-                self.library = tokenizers.Tokenizer.from_buffer(data)
-            else:
-                self.library, names = model_file.read(data, self.settings)
-        except ValueError as e:
-            raise UserError(f"{self.path} cannot be read as a tokenizer: {visible(str(e))}; fetch "
-                            "it again") from None
+        if why := not_the_file(data):
+            raise ValueError(why)
+        if self.path.suffix == ".json":
+            self.library = tokenizers.Tokenizer.from_buffer(data)
+        else:
+            self.library, names = model_file.read(data, self.settings, model_type)
         refuse((self.library.decoder is None, f"{self.path} has no decoder, so its tokens have no "
                 "text; fetch the file as it is published"))
         self.library.no_truncation()
@@ -150,7 +170,7 @@ class Tokenizer:
             refuse((library.token_to_id(token.content) != i,
                     f"{self.directory}: tokenizer_config.json or added_tokens.json says that "
                     f"{token.content!r} is id {i}, {self.path.name} makes it "
-                    f"{library.token_to_id(token.content)}; fetch the files again"))
+                    f"{library.token_to_id(token.content)}: they do not belong together"))
         known = {t.content: t for t in library.get_added_tokens_decoder().values()}
         for text in special_texts(self.settings):
             token = known.get(text) or tokenizers.AddedToken(text, normalized=False)
@@ -210,18 +230,18 @@ class Tokenizer:
         return self._plain(text, start=not continuation)
 
     def _encode(self, text, start, special=False) -> tokenizers.Encoding:
-        library = self.library if start else self._inside
-        with self._lock:  # annotate.py's server has threads
-            library.encode_special_tokens = not special
-            return library.encode(text, add_special_tokens=False)
-
-    def _plain(self, text, start) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and spans of text in which no special token is one; `start`: nothing comes before."""
         try:
             text.encode()
         except UnicodeEncodeError as e:
             raise UserError(f"the text holds half a character ({text[e.start]!r} at {e.start}); "
                             "write it as UTF-8") from None
+        library = self.library if start else self._inside
+        with self._lock, said_by_library(self.path):  # annotate.py's server has threads
+            library.encode_special_tokens = not special
+            return library.encode(text, add_special_tokens=False)
+
+    def _plain(self, text, start) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and spans of text in which no special token is one; `start`: nothing comes before."""
         encoding = self._encode(text, start)
         if self.special_ids.isdisjoint(encoding.ids):
             return encoding.ids, encoding.offsets
@@ -327,13 +347,15 @@ class Tokenizer:
             data = read_bytes(path)
             refuse((not_the_file(data), f"{path}: {not_the_file(data)}"))
             template = data.decode("utf-8", errors="replace")
-        if isinstance(template, list):  # several by name
-            named = {t.get("name"): t.get("template") for t in template}
+        if isinstance(template, list) and all(isinstance(t, dict) for t in template):
+            named = {str(t.get("name")): t.get("template") for t in template}  # several
             template = named.get("default")
             refuse((not template, f"{self.directory}/tokenizer_config.json has chat templates "
                     f"{', '.join(map(repr, named))} and none of them is 'default'"))
         refuse((not template, f"{self.directory} has no chat template; leave out --chat, or use an "
-                "instruction-tuned checkpoint"))
+                "instruction-tuned checkpoint"),
+               (not isinstance(template, str), f"{self.directory}/tokenizer_config.json: "
+                "chat_template is neither text nor a list of templates with names"))
         return template
 
 

@@ -15,6 +15,7 @@ from linear import Quantization
 ANY = dict(vocab_size=None, hidden_size=None, num_hidden_layers=None, num_attention_heads=None,
            intermediate_size=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6,
            tie_word_embeddings=False)
+LARGEST = 1 << 62  # of any number
 QWEN = ANY | dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096,
                   use_sliding_window=False, max_window_layers=28, layer_types=None)
 FAMILIES = {
@@ -44,11 +45,16 @@ def config_fields(hf: dict, where) -> dict:
     def need(key, otherwise=None, kind=int):
         value = otherwise if said[key] is None else said[key]
         refuse((value is None, f"{where}: key {key!r} is missing"),
-               (not isinstance(value, kind) or value <= 0,
+               (not isinstance(value, kind) or not 0 < value < LARGEST,
                 f"{where}: {key} = {value!r} is no such number"))
         return value
 
-    refuse((other := hf.get("quantization_config"), f"{where}: the weights are quantized by "
+    window = window_of(family, said)
+    refuse((window is not None and (type(window) is not int or window < 1),
+            f"{where}: sliding_window = {window!r} is no such number"),
+           (not isinstance(said["tie_word_embeddings"], (bool, type(None))), f"{where}: "
+            f"tie_word_embeddings = {said['tie_word_embeddings']!r} is neither true nor false"),
+           (other := hf.get("quantization_config"), f"{where}: the weights are quantized by "
             f"{quantizer(other)} (quantization_config); take the checkpoint that is not quantized, "
             "and quantize that with quantize.py"),
            (said["hidden_act"] not in ("silu", "swish"), f"{where}: hidden_act = "
@@ -59,7 +65,6 @@ def config_fields(hf: dict, where) -> dict:
             f"num_key_value_heads {n_kv_head}"),
            (head_dim % 2, f"{where}: head_dim {head_dim} is odd, and RoPE rotates pairs"))
     freqs, scale, context = rope(hf, head_dim, need("max_position_embeddings"), where)
-    window = window_of(family, said)
     return dict(
         vocab_size=need("vocab_size"), dim=dim, n_layer=n_layer, n_head=n_head,
         n_kv_head=n_kv_head, head_dim=head_dim, ffn_dim=need("intermediate_size"),
@@ -78,8 +83,9 @@ def window_of(family: str, said: dict) -> int | None:
         return said["sliding_window"]
     if not said.get("use_sliding_window"):
         return None
+    full = said["max_window_layers"] if isinstance(said["max_window_layers"], int) else 0
     some = ("sliding_attention" in said["layer_types"] if said["layer_types"] else
-            said["num_hidden_layers"] > (said["max_window_layers"] or 0))
+            said["num_hidden_layers"] > full)
     return said["sliding_window"] if some else None
 
 
@@ -89,7 +95,7 @@ def family_of(hf: dict, where) -> str:
     """
     names = hf.get("architectures")
     arch = names[0] if isinstance(names, list) and names else names or None
-    family = hf.get("model_type") or ARCHITECTURES.get(arch)
+    family = str(hf.get("model_type") or ARCHITECTURES.get(str(arch), ""))
     # LLaMAForCausalLM is how the first conversions spelled it.
     known = arch is None or str(arch).lower() in map(str.lower, ARCHITECTURES)
     if known and family in FAMILIES:
@@ -131,13 +137,16 @@ def rope(hf: dict, head_dim: int, context: int, where) -> tuple[Tensor, float, i
              original: hf.get(original) or s.get(original) or context, "context": context}
     kind = str(s.get("rope_type", s.get("type", "default")))
     part = s.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    refuse((kind not in ROPE or any(isinstance(value, dict) for value in s.values()),
-            f"{where}: rope type {kind!r} is not implemented (only {', '.join(ROPE)} are)"),
+    refuse((any(isinstance(value, dict) for value in s.values()), f"{where}: layers with a RoPE of "
+            "their own are not implemented"),
+           (kind not in ROPE, f"{where}: rope type {kind!r} is not implemented (only "
+            f"{', '.join(ROPE)} are)"),
            (part not in (None, 1), f"{where}: partial_rotary_factor = {part!r} is not implemented "
             "(only 1.0 is)"))
     scaled, keys = ROPE[kind]
     given = [k for k in ("rope_theta", original, *YARN_NUMBERS) if s.get(k) is not None]
-    bad = next((k for k in (*keys, *given) if not isinstance(s.get(k), (int, float)) or s[k] < 0
+    bad = next((k for k in (*keys, *given) if not isinstance(s.get(k), (int, float))
+                or not 0 <= s[k] < LARGEST
                 or k in keys and not s[k]), None)
     refuse((bad, f"{where}: rope type {kind!r} needs {bad!r} as a positive number"))
     # The CPU and float32, whatever the defaults are: a model is also built on "meta".

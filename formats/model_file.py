@@ -5,6 +5,7 @@ in the same order. A SentencePiece model's ids are SentencePiece's own for any t
 file says nothing but its ranks, so text is split before merging as Llama 3's is.
 """
 import base64
+import re
 
 import tokenizers
 from google.protobuf.message import DecodeError
@@ -23,16 +24,17 @@ LLAMA3_SPECIAL = [
 SPACE = "\u2581"  # how SentencePiece writes a space
 
 
-def read(data: bytes, settings: dict) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+def read(data: bytes, settings: dict,
+         model_type: str | None = None) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     """The tokenizer in a tokenizer.model, and its tokens' names, {"bos_token": "<s>", ...}.
 
-    settings: tokenizer_config.json. With it SentencePiece's spaces are as transformers puts them,
-    without as SentencePiece does. Raises ValueError for anything else.
+    settings: tokenizer_config.json. With it SentencePiece's spaces are as transformers puts them
+    for this model_type, without as SentencePiece does. Raises an exception for anything else.
     """
     if is_ranks(data):
         return read_ranks(data, settings)
     try:
-        return read_sentencepiece(data, settings)
+        return read_sentencepiece(data, settings, model_type)
     except DecodeError:
         raise ValueError("it is neither a SentencePiece model nor tiktoken ranks") from None
 
@@ -82,13 +84,16 @@ def byte_alphabet() -> dict[str, int]:
 
 # ---------------------------------------------------------------- SentencePiece
 
-def read_sentencepiece(data: bytes, settings: dict):
+def read_sentencepiece(data: bytes, settings: dict, model_type: str | None):
     proto = ModelProto.FromString(data)
     trained, rules, kinds = proto.trainer_spec, proto.normalizer_spec, ModelProto.SentencePiece.Type
     if not proto.pieces or trained.model_type not in (trained.UNIGRAM, trained.BPE):
         raise ValueError("it is no SentencePiece model of type BPE or unigram")
+    # The model by itself, or for transformers 5's Mistral: a space before any text.
+    own = not settings or model_type == "mistral" and settings.get("legacy") is not False
     of_kind = lambda *kind: {p.piece: i for i, p in enumerate(proto.pieces)
                              if p.type in map(kinds.Value, kind)}
+    whole = own and sorted(of_kind("USER_DEFINED"), key=len, reverse=True)  # no merge makes them
     rank = {p.piece: -p.score for p in proto.pieces}
     unknown = next(iter(of_kind("UNKNOWN")))
     if trained.model_type == trained.UNIGRAM:
@@ -96,8 +101,8 @@ def read_sentencepiece(data: bytes, settings: dict):
                                trained.byte_fallback)
     else:
         model = models.BPE({p.piece: i for i, p in enumerate(proto.pieces)},
-                           merges(of_kind("NORMAL"), rank.get), fuse_unk=True,
-                           byte_fallback=trained.byte_fallback, unk_token=unknown)
+                           merges(of_kind("NORMAL"), rank.get), fuse_unk=True, unk_token=unknown,
+                           byte_fallback=trained.byte_fallback, ignore_merges=bool(whole))
     library = tokenizers.Tokenizer(model)
     prefix = rules.add_dummy_prefix and settings.get("add_prefix_space") is not False
     steps = []
@@ -106,17 +111,21 @@ def read_sentencepiece(data: bytes, settings: dict):
     if rules.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(pattern), by) for pattern, by in (
             (r"\A +| +\z", ""), (" {2,}", " "))]
-    if prefix and not settings:  # the model by itself: a space before any text
+    if prefix and own:
         steps.append(normalizers.Prepend(SPACE))
     library.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
-    if prefix and settings:  # as transformers 5: no second one; "legacy" after special tokens too
+    if whole:
+        pattern = Regex("|".join(map(re.escape, whole)))
+        library.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    elif prefix and not own:  # none before another; with "legacy" after special tokens too
         scheme = "always" if settings.get("legacy") else "first"
         library.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
     library.decoder = decoders.Sequence([
         decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(),
         *[decoders.Strip(" ", 1, 0)] * prefix])
-    token = lambda text: tokenizers.AddedToken(text, normalized=False)
-    library.add_special_tokens([*map(token, of_kind("CONTROL", "UNKNOWN"))])
-    library.add_tokens([*map(token, of_kind("USER_DEFINED"))])
+    library.add_special_tokens([tokenizers.AddedToken(token, normalized=False)
+                                for token in of_kind("CONTROL", "UNKNOWN")])
+    if not own:  # normalized: they may hold a space
+        library.add_tokens([tokenizers.AddedToken(token) for token in of_kind("USER_DEFINED")])
     named = {f"{name}_token": getattr(trained, f"{name}_id") for name in ("bos", "eos", "unk")}
     return library, {k: proto.pieces[i].piece for k, i in named.items() if i >= 0}

@@ -272,7 +272,7 @@ def yi_json_files(d):
 def tiktoken_llama3(d):
     ranks = [bytes([i]) for i in range(256)]
     ranks += [b"th", b"the", b" c", b"at", b" cat", b"\n\n", b"  ", b"12", b"123", b"\xe6\x97",
-              b"\xe6\x97\xa5", b" a"]
+              b"\xe6\x97\xa5", b" a", b"qxz"]  # no merge leads to the last: it is a word
     (d / "tokenizer.model").write_bytes(
         b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(ranks)))
 

@@ -59,6 +59,9 @@ def fetch(home: Path) -> Path:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Hugging Face's tensors, bfloat16 as published; the tied head is not among them."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # its advice is for running the packed weights
+    logging.disable_progress_bar()
     model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name,
                                              config=LlamaConfig(**CONFIG), dtype=torch.bfloat16)
     return {name: p.detach().contiguous() for name, p in model.named_parameters()}

@@ -155,6 +155,13 @@ def rename(change):
     return lambda directory: edit_weights(directory, edit)
 
 
+def index_with(name):
+    """A function that makes a checkpoint's index name a file."""
+    return lambda directory: ((directory / "model.safetensors").unlink(), (
+        directory / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"x": name}})))
+
+
 def only(name):
     """A function that gives a checkpoint's weights another file name."""
     return lambda directory: (directory / "model.safetensors").rename(directory / name)
@@ -183,6 +190,11 @@ def source(tmp_path_factory):
                 (d / "model.safetensors.index.json").write_text(
                     '{"weight_map": {"x": "model-00001-of-00002.safetensors"}}')),
      "model-00001-of-00002.safetensors is missing"),
+    *((index_with(name), "is no file of this directory; fetch the index again")
+      for name in ("../x.safetensors", "/x.safetensors", 5, None, ["x"])),
+    (lambda d: ((d / "model.safetensors").unlink(),
+                (d / "model.safetensors").symlink_to("blobs/0a1b")),
+     "model.safetensors is a link to a file that is not there; fetch the checkpoint again"),
     (lambda d: shutil.rmtree(d), "is not a directory"),
     (lambda d: [p.unlink() for p in d.iterdir()], "is empty"),
     (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
@@ -213,6 +225,7 @@ def source(tmp_path_factory):
      "zer: it is empty"),
     (lambda d: (d / "tokenizer.json").write_text(POINTER), "it is a Git LFS pointer"),
     (lambda d: (d / "model.safetensors").write_text(POINTER), "it is a Git LFS pointer"),
+    (lambda d: (d / "chat_template.jinja").write_text(POINTER), "chat_template.jinja: it is a Git"),
     (lambda d: (d / "config.json").write_text("<!doctype html><html>"), "it is a web page"),
     (lambda d: edit_json(d / "tokenizer_config.json", added_tokens_decoder={
         "425": {"content": "<new>"}}), "hf/config.json says vocab_size 425: they do not belong"),
@@ -258,6 +271,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(source, tmp_path, damage, mess
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1, err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.bfloat16])
+def test_rounding_to_bfloat16_is_said(source, tmp_path, monkeypatch, capsys, kind):
+    shutil.copytree(source, tmp_path / "hf")
+    edit_weights(tmp_path / "hf", lambda w: w.update({n: t.to(kind) for n, t in w.items()}))
+    for dtype in ("float32", "bfloat16"):
+        run_main(monkeypatch, tmp_path, "--dtype", dtype)
+        said = "are rounded to bfloat16; --dtype float32 keeps them" in capsys.readouterr().err
+        assert said == (dtype == "bfloat16" != str(kind).removeprefix("torch."))
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_failed_write_leaves_nothing(source, tmp_path, monkeypatch, capsys):

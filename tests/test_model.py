@@ -1,4 +1,5 @@
 """model.py against transformers, published config.json files, and loading by checkpoint.py."""
+import math
 import shutil
 import subprocess
 import sys
@@ -272,12 +273,19 @@ def test_rope_is_that_of_transformers(settings, context):
     *(({"rope_scaling": {"rope_type": kind, "factor": 2.0}}, f"rope type '{kind}'")
       for kind in ("dynamic", "longrope")),
     ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope type 'su'"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope type"),
+    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "a RoPE of their own"),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
     ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "'yarn' needs 'factor'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'low_freq_factor'"),
+    ({"rope_scaling": {"type": "linear", "factor": math.inf}}, "'linear' needs 'factor'"),
+    ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "'linear' needs 'factor'"),
+    ({"rope_scaling": {"type": "yarn", "factor": math.inf}}, "'yarn' needs 'factor'"),
+    ({"rope_theta": 10**400}, "'default' needs 'rope_theta'"),
+    ({"model_type": ["llama"]}, "is not supported"), ({"vocab_size": 10**400}, "vocab_size"),
+    ({"tie_word_embeddings": "false"}, "neither true nor false"),
+    *((MISTRAL | {"sliding_window": w}, "sliding_window") for w in ("4096", 0, -1, 4096.0, True)),
     ({"rope_scaling": "yarn"}, "not an object"), ({"hidden_size": "64"}, "hidden_size = '64'"),
     *(({key: None}, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers",
                                      "num_attention_heads", "intermediate_size", "rms_norm_eps",

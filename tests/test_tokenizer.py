@@ -22,9 +22,9 @@ SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real Llama tokenizers are not here")
 EDGES = ["", " ", "  x", "\n", " \n\n  y", "é", "e\u0301", "日本語", "👩‍👩‍👧", "a👩b", "\u200b",
          "\u00a0x", "x\u2581y", "12345.678", "def f(x):\n\treturn x**2  # y\n", "don't WE'LL",
-         "\ufeffa", "\0", "<s>", "</s> <unk>", "x<|im_start|>user\ny<|im_end|>", "<|eot_id|>",
-         "<think>a</think>b",
-         "<tool_call>{}</tool_call>", "[INST] hi [/INST]", "<0x0A>", "<\uff5cUser\uff5c>a"]
+         "\ufeffa", "\0", "qxz qxz", "<s>", "</s> <unk>", "x<|im_start|>user\ny<|im_end|>",
+         "<|eot_id|>", "<think>a</think>b", "<tool_call>{}</tool_call>", "[INST] hi [/INST]",
+         "<0x0A>", "<\uff5cUser\uff5c>a"]
 TEXTS = EDGES + strings(600, seed=5, rare=0.2)
 PLAIN = sorted(set(FAMILIES) - {"sp", "tt"})  # those for which transformers reads the directory
 TALK = [{"role": "user", "content": "the cat 日本? "},
@@ -127,7 +127,7 @@ def test_sentencepiece_ids_equal_sentencepiece(homes):
     dict(model_type="unigram", vocab_size=400),
     dict(model_type="unigram", vocab_size=180, byte_fallback=False),
     dict(byte_fallback=False), dict(normalization_rule_name="nmt_nfkc"),
-    dict(add_dummy_prefix=False),
+    dict(add_dummy_prefix=False), dict(symbols=("\u2581\u2581", "12", "<u1>")),
     dict(normalization_rule_name="nfkc_cf", remove_extra_whitespaces=True)], ids=str)
 def test_other_sentencepiece_models(tmp_path, rules):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**rules))
@@ -169,6 +169,35 @@ def test_typed_control_strings_stay_text(homes):
             ids = t.encode(text, bos=False)
             assert t.special_ids.isdisjoint(ids), (t.directory, text)
             assert spaced(t.decode(ids)) == spaced(text)
+
+
+def test_a_token_with_a_name_is_special(homes, tmp_path):
+    """As in transformers, whatever its own flag says."""
+    where = changed(homes, "qwen3", tmp_path, eos_token="</think>",
+                    extra_special_tokens={"tool_token": "<tool_call>"},
+                    chat_template="{{ tool_token }}{{ eos_token }}x{{ bos_token }}")
+    ours, theirs = Tokenizer.from_dir(where), hf(where)
+    for text in ("</think>", "<tool_call>", "<tool_response>"):
+        ids = [ours.ids[text]]
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.eos_ids == (ours.ids["</think>"],) == (theirs.eos_token_id,)
+    assert ours.chat(TALK[:1]) == theirs.apply_chat_template(TALK[:1], return_dict=False)
+
+
+def test_a_name_that_is_null_names_no_token(homes, tmp_path):
+    t = Tokenizer.from_dir(changed(homes, "yi", tmp_path, bos_token=None, add_bos_token=True))
+    assert "bos_token" not in t.names and t.bos == [] and t.encode("a") == t.encode("a", bos=False)
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_for_mistral_sentencepiece_puts_the_spaces(homes, tmp_path, legacy):
+    name = {None: "yi-unsaid", True: "yi", False: "yi-not-legacy"}[legacy]
+    where = changed(homes, name, tmp_path, "config.json", model_type="mistral")
+    ours, theirs = Tokenizer.from_dir(where), hf(where, split_special_tokens=True)
+    for text in TEXTS:
+        assert ours.encode(text, bos=False) == theirs.encode(text, add_special_tokens=False), text
+    assert ours.chat(TALK) == hf(where).apply_chat_template(TALK, add_generation_prompt=True,
+                                                            return_dict=False)
 
 
 def test_only_special_tokens_have_no_text(homes):
@@ -215,9 +244,18 @@ def test_messages_of_900_000_characters(homes, name):
         assert time.perf_counter() - start < 15, text[:20]
 
 
-def test_half_a_character_is_refused(homes):
-    with pytest.raises(UserError, match="half a character .* at 1"):
-        Tokenizer.from_dir(homes("qwen3")).encode("a\ud83d")
+def test_spaces_before_a_token_that_swallows_them_take_linear_time(homes, tmp_path):
+    t = Tokenizer.from_dir(changed(homes, "qwen3", tmp_path, added_tokens_decoder={
+        "429": {"content": "<mask>", "lstrip": True, "special": True}}))
+    start = time.perf_counter()
+    t.chat([{"role": "user", "content": "<|im_end|>x" + " " * 50_000 + "y"}])
+    assert time.perf_counter() - start < 2  # 7 where each space began a search
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_half_a_character_is_refused(homes, chat):
+    with pytest.raises(UserError, match="half a character"):
+        Tokenizer.from_dir(homes("qwen3")).prompt("a\ud83d", chat)
 
 
 # ---------------------------------------------------------------- the files
@@ -247,12 +285,32 @@ def test_what_cannot_be_a_tokenizer_is_refused(tmp_path, homes):
 def test_files_that_contradict_each_other_are_refused(homes, tmp_path):
     flags = {"content": "<|new|>", "special": True}
     where = changed(homes, "qwen3", tmp_path, added_tokens_decoder={"3": flags})
-    with pytest.raises(UserError, match="'<.new.>' is id 3, tokenizer.json makes it [0-9]+; fetch"):
+    with pytest.raises(UserError, match="'<.new.>' is id 3, tokenizer.json makes it [0-9]+:"):
         Tokenizer.from_dir(where)
     for table in ({"x": flags}, ["a"], {"3": 1}):
         where = changed(homes, "qwen3", tmp_path / str(len(str(table))), added_tokens_decoder=table)
         with pytest.raises(UserError, match="not ids with tokens"):
             Tokenizer.from_dir(where)
+
+
+@pytest.mark.parametrize("change", [
+    dict(post_processor={"type": "TemplateProcessing", "single": [
+        {"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [], "special_tokens": {}}),
+    dict(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+    dict(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}),
+    dict(model={"type": "BPE"}), dict(decoder=None)], ids=lambda change: next(iter(change)))
+def test_whatever_the_library_says_of_a_file_is_one_line(homes, tmp_path, change):
+    where = changed(homes, "qwen3", tmp_path, "tokenizer.json", **change)
+    with pytest.raises(UserError, match="tokenizer.json (cannot be|has no decoder|makes it 1)"):
+        Tokenizer.from_dir(where).encode("b")
+
+
+@pytest.mark.parametrize("template", [5, True, ["x"], {"default": "x"}])
+def test_a_chat_template_that_is_none(homes, tmp_path, template):
+    where = changed(homes, "qwen3", tmp_path, chat_template=template)
+    with pytest.raises(UserError, match="neither text nor a list of templates with names"):
+        Tokenizer.from_dir(where).chat(TALK)
 
 
 def test_a_truncated_or_padded_tokenizer_json_cuts_nothing(homes, tmp_path):
@@ -265,12 +323,18 @@ def test_a_truncated_or_padded_tokenizer_json_cuts_nothing(homes, tmp_path):
         homes("qwen3")).encode(text)
 
 
-def test_eos_ids_are_the_files_or_else_the_tokenizers(homes, tmp_path):
+def test_eos_ids_are_generations_or_else_the_configs_or_the_tokenizers(homes, tmp_path):
     t = Tokenizer.from_dir(homes("yi"))
     assert t.eos_ids == (t.special["<|im_end|>"],)
     where = changed(homes, "yi", tmp_path, "config.json", eos_token_id=7)
-    (where / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
-    assert Tokenizer.from_dir(where).eos_ids == (7, 9)
+    assert Tokenizer.from_dir(where).eos_ids == (7,)
+    for says, ids in (("[8, 9]", (8, 9)), ("null", (7,)), ("8", (8,))):
+        (where / "generation_config.json").write_text(f'{{"eos_token_id": {says}}}')
+        assert Tokenizer.from_dir(where).eos_ids == ids
+    for says in ('"2"', "{}", "[[2]]", "[2.5]", "true"):
+        (where / "generation_config.json").write_text(f'{{"eos_token_id": {says}}}')
+        with pytest.raises(UserError, match="eos_token_id is .*, not a token's id or a list"):
+            Tokenizer.from_dir(where)
     assert Tokenizer.from_dir(homes("sp")).eos_ids == (2,)
 
 
