@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizers
 
-from common import UserError, not_the_file, read_bytes, read_json, refuse, visible
+from common import UserError, not_the_file, read_bytes, read_json, refuse
 from formats import model_file
 from formats.template import TemplateError, render
 
@@ -39,7 +39,7 @@ def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
     table = settings.get("added_tokens_decoder")
     if table is None:
         settings |= optional_json(directory / "special_tokens_map.json")
-        special = {text for text in special_texts(settings)}
+        special = set(special_texts(settings))
         table = {i: {"content": text, "special": text in special, "normalized": text not in special}
                  for text, i in optional_json(directory / "added_tokens.json").items()}
     keys = "content", "special", "lstrip", "rstrip", "single_word", "normalized"
@@ -83,8 +83,8 @@ def said_by_library(path: Path):
         raise
     except BaseException as e:
         if isinstance(e, Exception) or type(e).__name__ == "PanicException":
-            raise UserError(f"{path} cannot be read as a tokenizer: {visible(str(e))}; fetch it "
-                            "again") from None
+            raise UserError(f"{path} cannot be read as a tokenizer: {e}; fetch it again"
+                            ) from None
         raise
 
 
@@ -188,8 +188,8 @@ class Tokenizer:
             return (self._id("bos_token") if self.settings.get("add_bos_token", True) else [],
                     self._id("eos_token") if self.settings.get("add_eos_token", False) else [])
         encoding = self.library.encode("a", add_special_tokens=True)
-        own = [i for i, extra in enumerate(encoding.special_tokens_mask) if not extra] or [0, -1]
-        return encoding.ids[:own[0]], encoding.ids[own[-1] + 1:] if own[-1] >= 0 else []
+        own = [i for i, extra in enumerate(encoding.special_tokens_mask) if not extra]
+        return (encoding.ids[:own[0]], encoding.ids[own[-1] + 1:]) if own else ([], [])
 
     @functools.cached_property
     def ids(self) -> dict[str, int]:
@@ -311,7 +311,7 @@ class Tokenizer:
                 "add_generation_prompt": add_generation_prompt})
         except TemplateError as e:
             raise UserError(f"the chat template of {self.directory} fails for this conversation: "
-                            f"{visible(str(e))}") from None
+                            f"{e}") from None
         return self._encode_marked(text)
 
     def _marked(self, message, also):
@@ -345,7 +345,7 @@ class Tokenizer:
         template = self.settings.get("chat_template")
         if path.exists():
             data = read_bytes(path)
-            refuse((not_the_file(data), f"{path}: {not_the_file(data)}"))
+            refuse((why := not_the_file(data), f"{path}: {why}; fetch it again"))
             template = data.decode("utf-8", errors="replace")
         if isinstance(template, list) and all(isinstance(t, dict) for t in template):
             named = {str(t.get("name")): t.get("template") for t in template}  # several

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common import AnswerLog, UserError, json_lines, read_json, saved_settings
+from common import AnswerLog, UserError, json_lines, read_json, run, saved_settings
 
 
 @pytest.mark.parametrize("data", [
@@ -95,3 +95,11 @@ def test_other_settings_are_refused(tmp_path):
         saved_settings(about, answers, same)
     with pytest.raises(UserError, match="other settings: k was 1, now 2. Take another --out"):
         saved_settings(about, answers, same | {"k": 2}, ("rules",), ("draft",))
+
+
+def test_control_characters_of_an_error_are_shown_escaped(capsys):
+    def main():
+        raise UserError("it says \x1b[31mred\nand \u202eturned, é日")
+    with pytest.raises(SystemExit, match="2"):
+        run(main)
+    assert capsys.readouterr().err == "error: it says \\x1b[31mred\\nand \\u202eturned, é日\n"

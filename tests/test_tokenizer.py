@@ -12,7 +12,7 @@ import tiktoken
 import transformers
 from tokenizers.decoders import DecodeStream
 
-from common import UserError
+from common import UserError, visible
 from families import FAMILIES, sentencepiece_model
 from formats.model_file import LLAMA3_PATTERN, LLAMA3_SPECIAL, is_ranks
 from helpers import strings
@@ -423,7 +423,7 @@ def test_what_goes_wrong_in_a_template_is_one_line(homes, tmp_path):
         "{{ raise_exception('no\x1b[31m\nsystem \u202erole') }}"))
     with pytest.raises(UserError) as e:
         Tokenizer.from_dir(where).chat(TALK)
-    assert str(e.value) == (f"the chat template of {where} fails for this conversation: "
+    assert visible(str(e.value)) == (f"the chat template of {where} fails for this conversation: "
                             r"no\x1b[31m\nsystem \u202erole")
 
 
