@@ -9,7 +9,6 @@ each decision whole or absent. With `--target` and `--judge` each token is shade
 doubt. The server listens on loopback, for one person: a token in the address keeps other users and
 pages out.
 """
-import argparse
 import hashlib
 import json
 import secrets
@@ -18,7 +17,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from common import AnswerLog, Line, UserError, check_writable, json_lines, refuse, run
+from common import AnswerLog, Line, Parser, UserError, check_writable, json_lines, refuse, run
 from judge_data.data import check_texts, is_error
 
 PAGE = Path(__file__).with_name("judge_data") / "annotate.html"
@@ -348,7 +347,7 @@ class Server(ThreadingHTTPServer):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Mark the first error of each answer by hand, in the "
+    p = Parser(description="Mark the first error of each answer by hand, in the "
                                 "browser.")
     p.add_argument("--data", type=Path, required=True, help='JSON Lines of {"prompt", "answer"}')
     p.add_argument("--out", type=Path, required=True, help="judge data to write, or to resume")

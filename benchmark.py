@@ -2,13 +2,14 @@
 
     python benchmark.py --target llama-3.1-70b --draft llama-3.1-8b --target_quant int8 --plot FILE
     python benchmark.py --target DIR --draft DIR --judge FILE --prompts FILE.jsonl --peer hf
+    torchrun --standalone --nproc_per_node=8 benchmark.py --target llama-3.1-405b ...
 
 A preset or a config.json gets dummy weights of its real shapes: real speed, meaningless text. How
 many drafted tokens a round accepts is then forced, and what rests on it is labelled 'simulated
 acceptance'. Real checkpoints with --prompts are also compared with real acceptance, interleaved,
-with Hugging Face's generate beside ours. Batch size 1, greedy, one device.
+with Hugging Face's generate beside ours. Under torchrun the ranks share the target as generate.py's
+do; times are rank 0's, bytes and bandwidth those of all ranks. Batch size 1, greedy.
 """
-import argparse
 import importlib.util
 import math
 import random
@@ -20,10 +21,11 @@ from statistics import mean, median
 import torch
 
 import graphs
-from common import UserError, check_writable, json_lines, refuse, run, write_json
+from common import Parser, UserError, check_writable, json_lines, refuse, write_json
 from engine import Engine, LlamaDrafter, State, generate, next_state, pack, power_of_two, unpack
+from evaluation import collectives
 from evaluation.benchmark_report import SIMULATED, plot, report
-from evaluation.dummy import PRESETS, build, check_memory, describe, find, size, skeleton
+from evaluation.dummy import PRESETS, build, describe, find, shared_by
 from judge import RULES, JudgeHead
 from linear import MODES
 from load import (
@@ -36,6 +38,9 @@ from load import (
     rule_list,
 )
 from model import Transformer
+from ranks import all_reduce, job
+from ranks.memory import check_memory
+from tp import size
 
 PROMPT = 64  # tokens of the random prompt where acceptance is simulated
 ROWS = (1, 2, 4, 8, 16, 32, 64)  # positions of a verification pass
@@ -48,9 +53,20 @@ ACCEPTED = (2.0, 4.0, 6.3, 10.0, 15.0, 19.7, 25.0)  # rates to simulate; 6.3 and
 
 # ---------------------------------------------------------------- timing
 
+def on_gpu(device) -> bool:
+    return torch.device(device).type == "cuda"
+
+
 def sync(device):
-    if torch.device(device).type == "cuda":
+    if on_gpu(device):
         torch.cuda.synchronize()
+
+
+def start_together(device) -> float:
+    """The time, once every rank is here and its device idle: none waits for another's last pass."""
+    sync(device)
+    job.wait_for_all()
+    return time.perf_counter()
 
 
 def interleaved(cases: dict, repeats: int, device) -> dict[str, list[float]]:
@@ -59,8 +75,7 @@ def interleaved(cases: dict, repeats: int, device) -> dict[str, list[float]]:
     seconds = {name: [] for name in cases}
     for i in range(repeats + 1):
         for name, call in cases.items():
-            sync(device)
-            start = time.perf_counter()
+            start = start_together(device)
             for _ in range(LOOPS):
                 call()
             sync(device)
@@ -70,9 +85,11 @@ def interleaved(cases: dict, repeats: int, device) -> dict[str, list[float]]:
 
 
 def bandwidth(device, repeats: int) -> float:
-    """Bytes a second that a sum over an array far larger than the caches reads."""
-    data = torch.ones((1 << 31 if device == "cuda" else 1 << 28) // 4, device=device)
-    return size(data) / median(interleaved({"sum": data.sum}, repeats, device)["sum"])
+    """Bytes a second that sums over arrays far larger than the caches read, on all ranks at once.
+    """
+    data = torch.ones((1 << 31 if on_gpu(device) else 1 << 28) // 4, device=device)
+    own = size(data) / median(interleaved({"sum": data.sum}, repeats, device)["sum"])
+    return sum(job.of_all_ranks(own))
 
 
 # ---------------------------------------------------------------- single passes
@@ -104,7 +121,7 @@ def measure_passes(args, models: dict, target: Transformer, draft: Transformer, 
 
     def recorded(call):
         call()
-        return graphs.record(call).replay if args.compile and args.device == "cuda" else call
+        return graphs.record(call).replay if args.compile and on_gpu(args.device) else call
 
     def verification(model, rows, head=None):
         """The target's part of a round, on fixed drafted tokens; of one row it is a decode step."""
@@ -129,8 +146,8 @@ def measure_passes(args, models: dict, target: Transformer, draft: Transformer, 
     ms = {key: 1e3 * median(s) for key, s in interleaved(calls, args.repeats, args.device).items()}
 
     def entry(key, model, **more):
-        read_bytes = models["target" if model is target else "draft"]["bytes_read"] + size(
-            *caches[model].first(span).kv)
+        cache_bytes = job.world() * size(*caches[model].first(span).kv)
+        read_bytes = models["target" if model is target else "draft"]["bytes_read"] + cache_bytes
         return {**more, "ms": ms[key], "bytes": read_bytes,
                 "fraction_of_bandwidth": read_bytes / (ms[key] / 1e3) / read}
 
@@ -203,8 +220,7 @@ def play(e: Engine, prompt: list[int], counts: list[int], tell) -> float:
     e.tokens = []  # nothing in the shared caches is this engine's
     e.prefill(prompt, 1 + sum(counts) + len(counts))
     tell(counts)
-    sync(e.device)
-    start = time.perf_counter()
+    start = start_together(e.device)
     made = [e.round()[0] for _ in counts]
     seconds = time.perf_counter() - start
     assert made == counts, (made, counts)
@@ -271,8 +287,7 @@ def measure_real(args, target: Transformer, draft: Transformer, head: JudgeHead 
     rows = {name: [] for name in calls}
     for i, prompt in enumerate([prompts[0], *prompts]):
         for name, call in calls.items():
-            sync(args.device)
-            start = time.perf_counter()
+            start = start_together(args.device)
             tokens, accepted, of_rounds = call(prompt)
             sync(args.device)
             if i:  # the first turn is the warm-up
@@ -308,7 +323,7 @@ def numbers(kind, flag):
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Measure decoding, verification and judge decoding.")
+    p = Parser(description="Measure decoding, verification and judge decoding.")
     p.add_argument("--target", required=True, help=f"{', '.join(PRESETS)} or a config.json (dummy "
                    "weights), or a checkpoint directory")
     p.add_argument("--draft", required=True, help="the same")
@@ -366,6 +381,7 @@ def check_args(args, most: int):
         (args.judge and not args.prompts,
          "--judge is used with --prompts; elsewhere a judge's weights do not matter"),
         (judged and not args.judge, f"rule {judged} needs --judge FILE"),
+        (args.peer and job.world() > 1, "--peer hf runs in one process; leave it out, or torchrun"),
         (args.peer and lacking("transformers") is None,
          "--peer hf needs transformers; pip install transformers"),
         (args.peer and any("quantization" in s.config for s in (args.target, args.draft)),
@@ -392,10 +408,11 @@ def read_prompts(args) -> tuple[list[list[int]], tuple]:
 def main(argv=None):
     args = parse_args(argv)
     sources = {"target": (args.target, args.dtype), "draft": (args.draft, args.draft_dtype)}
-    models = {flag: describe(*source) for flag, source in sources.items()}
-    skeletons = [skeleton(*source) for source in sources.values()]
-    configs, most = [m.config for m in skeletons], max(args.speculate_k)
-    prompts, eos_ids = read_prompts(args) if args.prompts else ([], ())
+    shared = shared_by(args.device, *sources.values())
+    models = {flag: describe(*source, n) for (flag, source), n in zip(sources.items(), shared)}
+    configs = [source.model_config for source, _ in sources.values()]
+    most = max(args.speculate_k)
+    prompts, eos_ids = job.from_rank_0(lambda: read_prompts(args)) if args.prompts else ([], ())
     # Simulated rounds make max_new_tokens and up to one round more, the last of which drafts K.
     length = max([PROMPT + args.max_new_tokens + 2 * most + max(ROWS),
                   *(len(p) + args.max_new_tokens for p in prompts)])
@@ -408,33 +425,39 @@ def main(argv=None):
         (length > context, f"the models' context of {context} tokens is too short for {length}; "
          "lower --max_new_tokens or --speculate_k"))
     capacity = power_of_two(length + most)
-    cache_bytes = sum(size(*m.new_cache(capacity).kv) for m in skeletons)
-    check_memory(models, (1 + bool(args.peer)) * cache_bytes, args.device)
+    check_memory({flag: (config, dtype, n == 1)
+                  for (flag, (_, dtype)), config, n in zip(sources.items(), configs, shared)},
+                 capacity, max(*ROWS, most + 1), args.device, 1 + bool(args.peer),
+                 "take smaller models, --target_quant, --draft_quant or --dtype bfloat16")
     judge = load_judge(args.judge, args.target.directory) if args.judge else None
     read = bandwidth(args.device, args.repeats)
-    if args.device == "cuda":
+    if on_gpu(args.device):
         torch.cuda.empty_cache()  # the array's memory is for the models now
-    target, draft = (build(source, args.device, dtype) for source, dtype in sources.values())
+    all_reduce.choose(most + 1, configs[0].dim, args.dtype, args.device)
+    target, draft = (build(source, args.device, dtype, n)
+                     for (source, dtype), n in zip(sources.values(), shared))
     weight = torch.randn(1, target.config.dim) / math.sqrt(target.config.dim)
     dummy = JudgeHead(weight, torch.zeros(1), 0.5, "")  # it costs what any judge costs
     caches = {m: m.new_cache(capacity) for m in (target, draft)}
+    passes = measure_passes(args, models, target, draft, dummy, caches, read)
     result = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else
-        f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu(args.device) else
+        f"CPU, {torch.get_num_threads()} threads", "ranks": job.world(),
         "torch": torch.__version__, "compile": args.compile, "repeats": args.repeats,
         "speculate_k": args.speculate_k, **models, "bandwidth_gb_per_sec": read / 1e9,
-        "passes": measure_passes(args, models, target, draft, dummy, caches, read),
+        "passes": passes,
+        "collectives": collectives.measure(args, configs[0], passes["verify"]),
         "simulated": measure_simulated(args, target, draft, dummy, caches),
         "real": measure_real(args, target, draft, judge, caches, prompts, eos_ids)
         if prompts else None,
     }
     print(report(result))
-    if args.json:
+    if args.json and not job.rank():
         write_json(args.json, result)
-    if args.plot:
+    if args.plot and not job.rank():
         plot(result, args.plot)
     return result
 
 
 if __name__ == "__main__":
-    run(main)
+    job.run(main)

@@ -1,6 +1,7 @@
 """What every script stands on: user errors, JSON files, files that are whole or absent, the answer
 log, and safetensors files. Imports none of our other files.
 """
+import argparse
 import contextlib
 import gzip
 import hashlib
@@ -24,9 +25,26 @@ class UserError(Exception):
     """A user error; the message says how to fix it."""
 
 
-def run(main):
-    """Call `main()`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130.
+class Parser(argparse.ArgumentParser):
+    """argparse's, with errors in one line like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def say_on_stderr(text: str):
+    print(text, file=sys.stderr)
+
+
+def run(main, say=say_on_stderr):
+    """Call `main()`; a UserError is said in one line, exit code 2; Ctrl-C is exit code 130.
+
+    For a command that runs no model; the others go through ranks.job.run, for torchrun's sake.
     """
+    if say is say_on_stderr and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if os.environ.get("RANK", "0") == "0":
+            say("error: this command runs no model; start it with python, not with torchrun")
+        sys.exit(2)
     interrupted = False
 
     def interrupt(*_):
@@ -44,7 +62,7 @@ def run(main):
             sys.exit(130)
         if not isinstance(e, UserError):
             raise
-        print(f"error: {visible(str(e))}", file=sys.stderr)
+        say(f"error: {visible(str(e))}")
         sys.exit(2)
 
 
@@ -64,7 +82,12 @@ def refuse(*cases: tuple[object, str]):
 # ---------------------------------------------------------------- writing
 
 def check_writable(path):
-    """Refuse an output path that cannot be written, before the work whose result belongs there."""
+    """Refuse an output path that cannot be written, before the work whose result belongs there.
+
+    Under torchrun rank 0 alone writes: other machines need not have the place.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     path = Path(path)
     refuse(
         (not path.parent.is_dir(),

@@ -6,7 +6,6 @@ Weights stream from file to file some rows at a time, so memory does not grow wi
 directory is written under a temporary name and renamed when it is whole. The tokenizer's files are
 kept as they are. RoPE keeps Hugging Face's layout.
 """
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from checkpoint import (
     write_checkpoint,
 )
 from common import (
+    Parser,
     UserError,
     check_writable,
     not_the_file,
@@ -87,7 +87,7 @@ def plan(checkpoint_dir, config: ModelConfig, dtype: torch.dtype) -> dict[str, P
 # ---------------------------------------------------------------- command line
 
 def main():
-    p = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint (safetensors) of "
+    p = Parser(description="Convert a Hugging Face checkpoint (safetensors) of "
                                 "the Llama, Mistral, Qwen2 or Qwen3 family.")
     p.add_argument("--checkpoint_dir", type=Path, required=True,
                    help="Hugging Face directory: config.json, safetensors, tokenizer")

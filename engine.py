@@ -236,7 +236,7 @@ class Engine:
         self.outcome = torch.zeros(2 * self.speculate_k + 6, dtype=torch.long, device=self.device)
         self.state = unpack(self.outcome, self.speculate_k).state  # views of the packed outcome
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
-        self.agree = lambda t: t  # under tensor parallelism: rank 0's t for all ranks
+        self.agree = target.agree
 
     def reserve(self, length: int):
         """Room for `length` tokens and a round's drafts after them; what was read stays."""

@@ -7,15 +7,15 @@
 
 Every answer is appended to OUT/answers.jsonl as it is made, and the same command resumes where it
 was cut off, even by kill -9; more rules or a higher --limit only add answers, other settings are
-refused. Greedy, batch size 1, one machine without torchrun. The rules take turns on each problem,
-so that a slow minute hits all of them; a tokens/s still is this machine's, with whatever else ran
-on it. Neither prefill nor scoring is timed. On a GPU, or with bfloat16, passes of one and of K + 1
-tokens round differently, so that standard can leave the target's text at a near tie; in float32
-that is an error.
+refused. Greedy, batch size 1; under torchrun the ranks share the models. The rules take turns on
+each problem, so that a slow minute hits all of them; a tokens/s still is this machine's, with
+whatever else ran on it. Neither prefill nor scoring is timed. On a GPU, or with bfloat16, passes of
+one and of K + 1 tokens round differently, so that standard can leave the target's text at a near
+tie; in float32 that is an error.
 """
-import argparse
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -30,21 +30,20 @@ from pathlib import Path
 import torch
 
 import graphs
-import tp
 from checkpoint import fingerprint
 from common import (
     AnswerLog,
+    Parser,
     UserError,
     check_writable,
     file_hash,
     make_directory,
     refuse,
-    run,
     saved_settings,
     write_json,
     write_text,
 )
-from engine import Engine, LlamaDrafter, generate
+from engine import Engine, LlamaDrafter, Result, generate
 from evaluation import report
 from evaluation.replay import read_texts, replay
 from evaluation.report import PLAIN
@@ -60,6 +59,7 @@ from load import (
     rule_forms,
     rule_list,
 )
+from ranks import job
 from tokenizer import cut_at_stop, stop_check
 
 DEFAULT = "standard,topk:3"  # rules, after PLAIN and before those that need the judge
@@ -76,7 +76,8 @@ def settings_of(args) -> dict:
         "draft": args.draft and fingerprint(args.draft),
         "judge": args.judge and file_hash(args.judge), "speculate_k": args.speculate_k,
         "chat": args.chat, "compile": args.compile, "processes": args.processes,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "ranks": job.world() if job.world() > 1 else None,  # None: as before there were ranks
+        "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(),
         "dtype": dtype_name(args.dtype), "rules": args.rules,
         "target_name": args.target.resolve().name,
         "draft_name": args.draft and args.draft.resolve().name,
@@ -101,11 +102,12 @@ def make_task(args) -> Task:
 
 # ---------------------------------------------------------------- making answers
 
-def load_what_rules_need(args) -> Loaded:
+def load_what_rules_need(args, length, caches=1.0, rows=None) -> Loaded:
     judged = any(RULES[name].needs_judge for rule in args.rules
                  if (name := parse_rule(rule, PLAIN)[0]) not in PLAIN)
     return load_models(args.target, args.draft, args.judge if judged else None, args.device,
-                       args.dtype, speculate_k=args.speculate_k)
+                       args.dtype, speculate_k=args.speculate_k, length=length, caches=caches,
+                       rows=rows)
 
 
 class Session:
@@ -113,10 +115,16 @@ class Session:
 
     def __init__(self, args, examples: list[dict]):
         self.examples, self.task = examples, make_task(args)
-        self.target, self.draft, self.head, self.tokenizer = load_what_rules_need(args)
         self.stop = () if args.chat else self.task.stop
         ask = self.task.chat if args.chat else self.task.prompt
-        self.prompts = [self.tokenizer.prompt(ask(e), args.chat) for e in examples]
+
+        def longest(tokenizer):
+            self.prompts = [tokenizer.prompt(ask(e), args.chat) for e in examples]
+            return max(map(len, self.prompts)) + self.task.max_new_tokens
+
+        # Every rule has caches of its own, and one of them may be growing.
+        self.target, self.draft, self.head, self.tokenizer = load_what_rules_need(
+            args, longest, len(args.rules) + 0.5)
         context = min(m.config.max_seq_len for m in (self.target, self.draft) if m)
         for e, p in zip(examples, self.prompts):
             if len(p) >= context:
@@ -138,11 +146,15 @@ class Session:
             return Engine({"target": self.target, "draft": self.draft}[name])
         return Engine(self.target, LlamaDrafter(self.draft), self.head, name, parameter, k)
 
+    def generate(self, rule: str, index: int) -> Result:
+        prompt = self.prompts[index]
+        return generate(self.engines[rule], prompt, self.task.max_new_tokens,
+                        self.tokenizer.eos_ids, stop=stop_check(self.tokenizer, prompt, self.stop))
+
     def answer(self, rule: str, index: int) -> dict:
         """A line of answers.jsonl."""
-        example, prompt, eos_ids = self.examples[index], self.prompts[index], self.tokenizer.eos_ids
-        r = generate(self.engines[rule], prompt, self.task.max_new_tokens, eos_ids,
-                     stop=stop_check(self.tokenizer, prompt, self.stop))
+        r, example, prompt = self.generate(rule, index), self.examples[index], self.prompts[index]
+        eos_ids = self.tokenizer.eos_ids
         text = self.tokenizer.decode_new(prompt, [t for t in r.tokens if t not in eos_ids])
         text = cut_at_stop(text, self.stop)
         score = self.task.score(example, text)
@@ -221,6 +233,8 @@ class Progress:
 
 def evaluate(args):
     """Make the answers that are missing, then report on all that are saved."""
+    if job.rank():
+        return generate_along(args)
     examples, now = make_task(args).load(args.data, args.limit), settings_of(args)
     path, about = args.out / "answers.jsonl", args.out / "settings.json"
     saved = saved_settings(about, path, now, ignored=ABOUT, optional=("draft", "judge"))
@@ -237,12 +251,22 @@ def evaluate(args):
             missing.append((rule, i))
     if done:
         print(f"{progress.done} of {len(units)} answers are there already", file=sys.stderr)
+    job.broadcast((examples, missing))
     for answer in make_answers(args, examples, missing) if missing else ():
         make_directory(args.out)
         log.append(answer)
         progress.add(answer)
     log.close()
     conclude(args.out, saved_answers(log), settings)
+
+
+def generate_along(args):
+    """What the other ranks do: rank 0 alone scores the answers and saves them."""
+    examples, units = job.broadcast()
+    if units:
+        session = Session(args, examples)
+        for unit in units:
+            session.generate(*unit)
 
 
 def rescore(args):
@@ -286,12 +310,17 @@ def conclude(out: Path, answers: dict, settings: dict):
 
 def show_replay(args):
     """Print and write the rounds that each rule would take through a file's texts as drafts."""
-    texts = read_texts(args.replay, TASKS["gsm8k"](), args.chat, args.limit)
-    models = load_what_rules_need(args)
+    texts = job.from_rank_0(
+        lambda: read_texts(args.replay, TASKS["gsm8k"](), args.chat, args.limit))
+    models = load_what_rules_need(args, lambda t: max(
+        len(t.prompt(prompt, args.chat)) + len(t.encode(text, continuation=True))
+        for _, prompt, text in texts), rows=math.inf)
     encode, prompt_ids = models.tokenizer.encode, models.tokenizer.prompt
     texts = [(where, prompt_ids(prompt, args.chat), encode(text, continuation=True))
              for where, prompt, text in texts]
     results = replay(texts, models, args.rules, args.speculate_k)
+    if job.rank():
+        return
     total = sum(len(text) for *_, text in texts)
     table = report.table([["rule", "accepted per round", "tokens rejected"], *(
         [rule, f"{m['mean_accepted']:.2f}", f"{m['rejected']:.1%}"]
@@ -310,7 +339,7 @@ def show_replay(args):
 
 def parse_args(argv=None):
     judged = [name for name, rule in RULES.items() if rule.needs_judge]
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Evaluate acceptance rules: accuracy beside speed, from saved answers.")
     p.add_argument("--task", choices=TASKS)
     p.add_argument("--data", type=Path, help="the benchmark's file, in its official format")
@@ -366,7 +395,9 @@ def check_args(args):
         (args.processes < 1, f"--processes is {args.processes}; it must be at least 1"),
         (args.processes > 1 and args.device == "cuda",
          "--processes is for a CPU; on a GPU they would wait for each other"),
-        (tp.world() > 1, "eval.py does not run under torchrun; start it with python"),
+        (args.processes > 1 and job.world() > 1,
+         "--processes and torchrun exclude each other; leave one of them out"),
+        (args.rescore and job.world() > 1, "--rescore runs no model; start it with python"),
         (making and args.judge and not args.draft,
          "--judge needs --draft: the judge says which drafted tokens to accept"),
         (not args.rescore and args.speculate_k < 1,
@@ -392,4 +423,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    job.run(main)

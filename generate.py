@@ -5,7 +5,6 @@
 
 Flags and printing; the speculative loop is in engine.py.
 """
-import argparse
 import contextlib
 import math
 import os
@@ -14,11 +13,11 @@ import time
 from pathlib import Path
 
 import graphs
-import tp
-from common import check_writable, refuse, run, write_json
+from common import Parser, check_writable, refuse, write_json
 from engine import Engine, LlamaDrafter, Result, generate
 from judge import RULES
 from load import add_device_flags, load_models, parse_rule, resolve_device, rule_help
+from ranks import job
 from tokenizer import Stream, Tokenizer
 
 COLORS = {"draft": "\033[32m", "target": "\033[33m"}  # by source; any rule's own tokens:
@@ -75,23 +74,19 @@ def summary(r: Result) -> str:
 
 
 def tell(line: str):
-    if tp.rank() == 0:
-        print(line, file=sys.stderr)
+    print(line, file=sys.stderr)
 
 
 def read_line() -> str | None:
-    """The user's next line, on every rank; None at the end of the input."""
-    text = None
-    if tp.rank() == 0:
-        with contextlib.suppress(EOFError):
-            text = input("> ")
-    return tp.from_rank_0(text) if tp.world() > 1 else text
+    """The user's next line; None at the end of the input."""
+    with contextlib.suppress(EOFError):
+        return input("> ")
 
 
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Judge decoding. Without arguments: the demo.")
+    p = Parser(description="Judge decoding. Without arguments: the demo.")
     p.add_argument("--target", type=Path, required=True, help="checkpoint directory")
     p.add_argument("--draft", type=Path, help="checkpoint directory of the draft; without it the "
                    "target runs alone")
@@ -156,22 +151,20 @@ def check_args(args):
 
 def main():
     if len(sys.argv) == 1:
-        from demo.show import show
+        from demo.pair import show
         return show(printer, summary, legend() if use_color(sys.stdout) else "")
     args = parse_args()
     target, draft, head, tokenizer = load_models(
         args.target, args.draft, args.judge, args.device, args.dtype, args.draft_dtype,
-        args.speculate_k)
+        args.speculate_k, lambda tokenizer: args.max_new_tokens + (
+            len(tokenizer.prompt(args.prompt, args.chat)) if args.prompt else 0),
+        caches=1.5 if args.interactive else 1)
     engine = Engine(target, LlamaDrafter(draft) if draft else None, head, args.accept,
                     args.parameter, args.speculate_k, args.temperature, args.top_k, args.top_p,
                     args.seed)
-    if tp.world() > 1:
-        engine.agree = tp.same_everywhere
     if args.compile:
         graphs.compile_engine(engine)
     eos_ids = () if args.ignore_eos else tokenizer.eos_ids
-    if tp.rank():  # every rank does the same, one speaks
-        sys.stdout, args.json = open(os.devnull, "w"), None
     results, messages, history = [], [], []
 
     def turn(text):
@@ -198,16 +191,14 @@ def main():
     if not args.interactive:
         turn(args.prompt)
     while args.interactive:
-        text = read_line()
+        text = job.from_rank_0(read_line)
         if text is None:
             break
         if text.strip():
             turn(text)
-    if args.json:
+    if args.json and not job.rank():
         write_json(args.json, results[0] if len(results) == 1 else results)
-    if tp.world() > 1:
-        tp.leave()
 
 
 if __name__ == "__main__":
-    run(main)
+    job.run(main)

@@ -59,9 +59,15 @@ class RecordedRounds:
         self.graphs[span].replay()
 
 
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all recordings: the libraries keep a workspace for each stream that they met."""
+    return torch.cuda.Stream()
+
+
 def record(call, changes=(), rng: torch.Generator | None = None) -> torch.cuda.CUDAGraph:
     """The CUDA graph of `call()`, which may change the tensors `changes` and draw from `rng`."""
-    before, side = [t.clone() for t in changes], torch.cuda.Stream()
+    before, side = [t.clone() for t in changes], side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):  # compile, and let libraries allocate, which a recording must not do

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from common import UserError
 
+FEW = 64  # rows up to which the kernels in gpu_kernels/ widen no weight
 quantized_matmul = None
 if torch.cuda.is_available():  # Triton is slow to import, and of no use without a GPU
     try:
@@ -94,9 +95,9 @@ def _(x, weight):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-def packs(weight: Tensor) -> bool:
-    """Whether `Linear.prepare` packs such a weight."""
-    if weight.device.type != "cpu" or weight.numel() < SMALL:
+def packs(weight: Tensor, device="cpu") -> bool:
+    """Whether `Linear.prepare` packs such a weight on `device`."""
+    if device != "cpu" or weight.numel() < SMALL:
         return False
     mkldnn = torch.ops.mkldnn
     return torch.backends.mkldnn.is_available() and (
@@ -113,11 +114,23 @@ class Linear(nn.Linear):
 
     def prepare(self, dtype: torch.dtype):
         """Called once, when the weight is in place."""
-        if not packs(self.weight):
+        if not packs(self.weight, self.weight.device.type):
             return
         self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), PACK_ROWS)
-        if self.weight.dtype != torch.float32 or self.weight.numel() >= LARGE:
+        if not self.keeps_dense():
             self.weight = nn.Parameter(self.packed, requires_grad=False)
+
+    def keeps_dense(self) -> bool:
+        return self.weight.dtype == torch.float32 and self.weight.numel() < LARGE
+
+    def added(self, dtype: torch.dtype, device: str, tied=False) -> int:
+        """As QuantizedLinear.added; tied: the embedding keeps the dense weight in any case."""
+        twice = packs(self.weight, device) and (tied or self.keeps_dense())
+        return self.weight.numel() * dtype.itemsize if twice else 0
+
+    def workspace(self, rows: int, dtype: torch.dtype, device: str) -> int:
+        """As QuantizedLinear.workspace."""
+        return rows * len(self.weight) * dtype.itemsize * (1 if self.bias is None else 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -159,6 +172,14 @@ class QuantizedLinear(nn.Module):
         dtype: of the activations.
         """
 
+    def added(self, dtype: torch.dtype, device: str) -> int:
+        """Bytes that `prepare` adds on `device`, known without the weights: for load.memory."""
+        return 0
+
+    def workspace(self, rows: int, dtype: torch.dtype, device: str) -> int:
+        """Bytes that a product of `rows` rows needs at its peak, its result included."""
+        raise NotImplementedError  # every mode has its own
+
 
 @torch.library.custom_op("judge::int8_blocks", mutates_args=())
 def int8_blocks(x: Tensor, weight: Tensor) -> Tensor:
@@ -185,6 +206,16 @@ class Int8Linear(QuantizedLinear):
     def prepare(self, dtype: torch.dtype):
         # PyTorch's kernel wants the scale in the activations' dtype, Inductor wants it ready made.
         self.rounded_scale = self.scale.to(dtype)
+
+    def added(self, dtype, device):
+        return 0 if dtype == self.scale.dtype else len(self.scale) * dtype.itemsize
+
+    def workspace(self, rows, dtype, device):
+        out, e, count = rows * len(self.weight), dtype.itemsize, self.weight.numel()
+        wide = min(count, BLOCK) if device == "cpu" else count * (rows > FEW)
+        # The blocks' products and all in one; or the product, a copy of it and the scaled one, the
+        # latter two in float32.
+        return max((wide + out) * e, out * (8 if e == 4 else e + 8))
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of some rows, [rows, in] of any floating dtype."""
@@ -247,14 +278,25 @@ class Int4Linear(QuantizedLinear):
         """W, float32 [out, groups, group]."""
         return (self.unpack().float() - 8) * self.scale[..., None] + self.zero[..., None]
 
+    def packs(self, dtype: torch.dtype, device: str) -> bool:
+        return device == "cpu" and dtype == torch.bfloat16 and not len(self.weight) % 16
+
     def prepare(self, dtype: torch.dtype):
         """Replace the weight by the layout of PyTorch's bfloat16 kernel, where that can be used."""
-        if self.weight.device.type != "cpu" or dtype != torch.bfloat16 or len(self.weight) % 16:
+        if not self.packs(dtype, self.weight.device.type):
             return
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
             self.unpack().flatten(1).int(), 1)
         self.scale_zero = torch.stack((self.scale.T, self.zero.T), dim=2).to(dtype)
         self.weight = self.scale = self.zero = None
+
+    def workspace(self, rows, dtype, device):
+        out, count = rows * len(self.weight), 2 * self.weight.numel()
+        if self.packs(dtype, device):
+            return out * dtype.itemsize
+        if device != "cpu" and rows <= FEW:
+            return 8 * out
+        return max(8 * count, (count + out) * dtype.itemsize)  # `widen` holds float32 twice
 
     def matmul(self, x: Tensor) -> Tensor:
         if self.packed is not None:
@@ -284,6 +326,10 @@ class Fp8Linear(QuantizedLinear):
         scale = (weight.abs().amax(1) / FP8_MAX).clamp(min=TINY)
         return {"weight": (weight / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8),
                 "scale": scale}
+
+    def workspace(self, rows, dtype, device):
+        n_out, n_in = self.weight.shape  # `quantize` holds x in float32 three times
+        return rows * max(12 * n_in, n_in + n_out * (2 + dtype.itemsize))
 
     def matmul(self, x: Tensor) -> Tensor:
         rows = self.quantize(x)

@@ -2,17 +2,26 @@
 draft, tokenizer and judge; under torchrun each rank's shares.
 """
 import argparse
+import json
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import checkpoint
 import tp
-from common import UserError, refuse
+from common import UserError, file_hash, refuse
+from engine import SPAN
 from judge import RULES, JudgeHead, Rule, nothing_more
 from model import DTYPES, ModelConfig, Transformer
+from ranks import all_reduce, job
+from ranks.job import world
+from ranks.memory import check_memory, reserved
 from tokenizer import Tokenizer
+
+TOKENIZER_FILES = "config.json", "tokenizer.json", "tokenizer.model"
 
 # ---------------------------------------------------------------- devices
 
@@ -27,12 +36,26 @@ def add_device_flags(p: argparse.ArgumentParser, draft=False):
 
 
 def resolve_device(args: argparse.Namespace):
-    """Turn the dtypes' names into torch's, in place; refuse a device that is not there."""
+    """Turn the dtypes' names into torch's, in place; refuse a device that is not there.
+
+    Under torchrun the ranks meet here, and the device becomes this rank's own.
+    """
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    given = {f"--{flag}": value for flag, value in vars(args).items() if is_plain(value)}
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device == "cuda" else "float32")]
     if hasattr(args, "draft_dtype"):
         args.draft_dtype = DTYPES[args.draft_dtype] if args.draft_dtype else args.dtype
+    job.check_same(given)
+    args.device = job.start(args.device)
+
+
+def is_plain(value) -> bool:
+    """Whether a flag's value is the same on all machines; a path need not be."""
+    try:
+        return isinstance(json.dumps(value), str)
+    except TypeError:
+        return False
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -100,23 +123,34 @@ class Loaded(NamedTuple):
 
 
 def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float32,
-                draft_dtype: torch.dtype | None = None, speculate_k=0) -> Loaded:
-    """Check that the checkpoint directories and the judge file fit each other, then load them.
+                draft_dtype: torch.dtype | None = None, speculate_k=0,
+                length=lambda tokenizer: SPAN, caches=1.0, rows: int | None = None) -> Loaded:
+    """Check that the checkpoint directories and the judge file fit each other and the memory, then
+    load them.
 
-    draft_dtype: default dtype. speculate_k: must be below the context. Raises UserError.
+    draft_dtype: default dtype. speculate_k: must be below the context. length(tokenizer): tokens of
+    the longest text, its prompt included. caches: as in `check_memory`. rows: of which logits are
+    made at once, default K + 1, math.inf: of a whole text. Raises UserError.
     """
     config, tokenizer = read_vocabulary(target)
+    context, models = config.max_seq_len, {"target": (config, dtype, False)}
     if draft:
         draft_config = check_draft(target, draft, tokenizer)
-        context = min(config.max_seq_len, draft_config.max_seq_len)
+        context = min(context, draft_config.max_seq_len)
         refuse((speculate_k >= context, f"--speculate_k is {speculate_k}; it must be below the "
                 f"context of {context} tokens"))
     head = load_judge(judge, target) if judge else None
-    if tp.world() > 1:
-        tp.check(config, target)
-        device = tp.start(device)
+    device, whole = job.start(device), False
+    tp.check(config, target)
+    if draft:
+        draft_dtype = draft_dtype or dtype
+        whole = run_whole(draft, draft_config, device, draft_dtype)
+        models["draft"] = draft_config, draft_dtype, whole
+    positions = length(tokenizer) if rows else reserved(length(tokenizer), context, speculate_k)
+    check_memory(models, positions, rows or speculate_k + 1, device, caches)
+    all_reduce.choose(speculate_k + 1, config.dim, dtype, device)
     model = load_model(target, config, device, dtype)
-    draft_model = load_model(draft, draft_config, device, draft_dtype or dtype) if draft else None
+    draft_model = load_model(draft, draft_config, device, draft_dtype, whole) if draft else None
     return Loaded(model, draft_model, head, tokenizer)
 
 
@@ -149,11 +183,40 @@ def load_judge(path, target) -> JudgeHead:
     return JudgeHead.load(path, config.dim, checkpoint.fingerprint(target), str(target), parent)
 
 
-def load_model(directory, config: ModelConfig, device: str, dtype: torch.dtype) -> Transformer:
-    """A checkpoint's model, under torchrun this rank's share of it.
+def load_model(directory, config: ModelConfig, device: str, dtype: torch.dtype,
+               whole=False) -> Transformer:
+    """A checkpoint's model, under torchrun this rank's share of it unless `whole`.
 
-    A draft whose heads the ranks cannot share is small: each rank runs the whole of it.
+    `tp.check` comes first, and `check_memory`.
     """
-    if tp.world() == 1 or tp.not_divisible(config, tp.world()):
+    if world() == 1:
         return checkpoint.load(directory, device, dtype)
-    return checkpoint.load(directory, device, dtype, build=tp.share, read=tp.read_share(config))
+    job.check_same(contents(directory))
+    share = {} if whole else {"build": tp.share, "read": tp.read_share(config)}
+    model = checkpoint.load(directory, device, dtype, **share)
+    model.agree = job.same_everywhere
+    return model
+
+
+def contents(directory) -> dict[str, str | None]:
+    """What a checkpoint directory holds, told by hashes: all ranks must read the same."""
+    files = {name: Path(directory) / name for name in (*TOKENIZER_FILES, *checkpoint.COPIED)}
+    return {"the fingerprint of a checkpoint": checkpoint.fingerprint(directory)} | {
+        f"the hash of a {name}": file_hash(path) if path.exists() else None
+        for name, path in files.items()}
+
+
+def run_whole(name, config: ModelConfig, device: str, dtype: torch.dtype) -> bool:
+    """Whether every rank runs the whole of a model, a draft mostly; says so under torchrun.
+
+    Sharing a small one costs more in all-reduces, two a layer, than it saves in reading weights.
+    """
+    if world() == 1:
+        return False
+    n = world()
+    whole, why = tp.better_whole(config, device, dtype, n), tp.not_divisible(config, n)
+    how = "whole on each rank" if whole else f"shared by {n} ranks"
+    layer = f"{tp.layer_bytes(config, dtype) / 1e6:.3g} MB a layer"
+    why = f"{why} cannot be shared" if why else layer
+    print(f"{name} runs {how}: {why}", file=sys.stderr)
+    return whole

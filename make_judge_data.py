@@ -12,9 +12,8 @@ training and one validation file.
 Every answer is on disk as it is made; after any kill the same command resumes. Answers are texts,
 so they can come from models with any tokenizers; the target reads them with its own. `mine` needs a
 checker that says whether an answer is right, so prompts of no benchmark (Alpaca's) are for marking
-by hand. Batch size 1, one process, no torchrun.
+by hand. Batch size 1; under torchrun the ranks share each model.
 """
-import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -23,27 +22,37 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-import tp
 from checkpoint import fingerprint, read_config
 from common import (
     AnswerLog,
     Line,
+    Parser,
     UserError,
     check_writable,
     file_hash,
     json_lines,
     refuse,
     replacing,
-    run,
     saved_settings,
 )
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split
-from load import add_device_flags, dtype_name, load_models, resolve_device
+from load import (
+    add_device_flags,
+    dtype_name,
+    load_model,
+    load_models,
+    read_vocabulary,
+    resolve_device,
+    run_whole,
+)
+from ranks import job
+from ranks.memory import check_memory, reserved
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
@@ -136,11 +145,17 @@ def check_fit(prompts: list[dict], models: dict[str, Path], chat: bool):
 
 def make_answers(args):
     """Add every model's answers to every prompt, those that are not there yet."""
+    if job.rank():
+        while work := job.broadcast():  # scoring and saving is rank 0's alone
+            for _ in answers(args, *work):
+                pass
+        return
     prompts, models = read_prompts(args), names_of(args.models)
     check_fit(prompts, models, args.chat)
     log = open_log(args.out, {
         "prompts": file_hash(args.prompts), "task": prompts[0]["task"], "chat": args.chat,
-        "max_new_tokens": args.max_new_tokens, "seed": args.seed, "device": args.device,
+        "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+        "device": torch.device(args.device).type,
         "dtype": dtype_name(args.dtype),
         "models": {name: fingerprint(d) for name, d in models.items()}})
     done = {(a["source_model"], a["id"], a["temperature"], a["sample"]) for a in log.values}
@@ -148,14 +163,17 @@ def make_answers(args):
                 for sample in range(args.samples if t else 1)]
     each = len(prompts) * len(settings)
     with tqdm(total=len(models) * each, unit="answer", disable=None) as bar:
-        for name, directory in models.items():
+        for i, name in enumerate(models):
             units = [(p, t, sample) for p in prompts for t, sample in settings
                      if (name, p["example"]["id"], t, sample) not in done]
             bar.update(each - len(units))
             bar.set_description(name)
-            for line in answers(args, name, directory, units) if units else ():
+            if units:
+                job.broadcast((i, units))
+            for line in answers(args, i, units) if units else ():
                 log.append(line)
                 bar.update()
+    job.broadcast()
     if log.lines and log.end() > args.out.stat().st_size:
         log.open()  # writes the line end that a kill left out
     log.close()
@@ -166,26 +184,31 @@ def make_answers(args):
           + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
 
 
-def answers(args, name: str, directory: Path, units):
-    """Yield a model's answers to units [(prompt, temperature, number of the sample), ...].
+def answers(args, i: int, units):
+    """Yield the answers of model i to units [(prompt, temperature, number of the sample), ...].
 
-    Each has its own seed, so the order changes nothing.
+    Each has its own seed, so the order changes nothing. Ranks above 0 generate and yield nothing.
     """
-    models = load_models(directory, device=args.device, dtype=args.dtype)
-    tokenizer, engine = models.tokenizer, Engine(models.target)
+    name, directory = list(names_of(args.models).items())[i]
+    config, tokenizer = read_vocabulary(directory)
+    whole = run_whole(name, config, args.device, args.dtype)
+    longest = max(len(tokenizer.prompt(p["text"], args.chat)) + room(args, p) for p, *_ in units)
+    check_memory({name: (config, args.dtype, whole)}, reserved(longest, config.max_seq_len), 1,
+                 args.device, caches=1.5)
+    engine = Engine(load_model(directory, config, args.device, args.dtype, whole))
     for p, temperature, sample in units:
-        example, task, stops = p["example"], None, ()
-        length = args.max_new_tokens or MAX_NEW_TOKENS
+        example, task, stops, length = p["example"], None, (), room(args, p)
         if p["task"]:
             task = TASKS[p["task"]](allow_code_execution=args.allow_code_execution)
             stops = () if args.chat else task.stop
-            length = args.max_new_tokens or task.max_new_tokens
         seed = seed_of(args.seed, example["id"], temperature, sample)
         engine.rng.manual_seed(seed)
         engine.settings = dataclasses.replace(engine.settings, temperature=temperature)
         prompt = tokenizer.prompt(p["text"], args.chat)
         tokens = generate(engine, prompt, length, tokenizer.eos_ids,
                           stop=stop_check(tokenizer, prompt, stops)).tokens
+        if job.rank():
+            continue
         whole = tokenizer.decode_new(prompt, [t for t in tokens if t not in tokenizer.eos_ids])
         text = cut_at_stop(whole, stops)
         line = {"prompt": p["text"], "answer": text, "source_model": name,
@@ -197,6 +220,12 @@ def answers(args, name: str, directory: Path, units):
             score = task.score(example, text)
             line |= {"right": score.right, "how": score.how, "example": example}
         yield line
+
+
+def room(args, prompt: dict) -> int:
+    """Tokens that an answer may have."""
+    default = TASKS[prompt["task"]].max_new_tokens if prompt["task"] else MAX_NEW_TOKENS
+    return args.max_new_tokens or default
 
 
 def seed_of(*parts) -> int:
@@ -244,23 +273,26 @@ class Miner:
                 raise UserError(f"{line['where']}: prompt and answer have {length} tokens, the "
                                 f"target's context is {context}; drop the line")
             longest = max(longest, answer)
+        # However late a prefix is, the target gets as much room as a whole answer: running out of
+        # room is no error.
+        limit = longest + max(line["max_new_tokens"] for line in lines)
+        length = max(map(len, self.prompts.values())) + limit
+        # Caches grow; in autojudge the draft has a second one.
         models = load_models(args.target, args.draft, device=args.device, dtype=args.dtype,
-                             speculate_k=args.speculate_k)
+                             speculate_k=args.speculate_k, length=lambda tokenizer: length,
+                             caches=2.5 if args.draft else 1.5)
         self.draft, self.last = models.draft, None
         engine = Engine(models.target, LlamaDrafter(self.draft) if self.draft else None,
                         speculate_k=args.speculate_k)
-        # However late a prefix is, the target gets as much room as a whole answer: running out of
-        # room is no error.
-        self.go_on = mining.Continuations(engine, self.tokenizer,
-                                          longest + max(line["max_new_tokens"] for line in lines))
+        self.go_on = mining.Continuations(engine, self.tokenizer, limit)
 
     def start(self, line) -> list[int]:
         """Turn to the line's prompt, if it is another than before; returns its tokens."""
         key, task = (line["prompt"], line["chat"]), self.tasks[line["task"]]
         if key != self.last:
             self.last = key
-            self.go_on.start(self.prompts[key],
-                             lambda text: task.score(line["example"], text).right,
+            right = lambda text: task.score(line["example"], text).right
+            self.go_on.start(self.prompts[key], lambda text: job.from_rank_0(lambda: right(text)),
                              () if line["chat"] else task.stop)
         return self.prompts[key]
 
@@ -311,6 +343,14 @@ class Miner:
         return lines or "no label could be placed"
 
 
+def labels(args, lines: list[dict], todo: list[dict]):
+    """Yield the judge data of the answers `todo` one by one, or why there is none; then report."""
+    miner = Miner(args, lines)
+    for line in todo:
+        yield getattr(miner, args.method)(line)
+    print(miner.go_on.report())
+
+
 def about(line) -> dict:
     """What judge data keeps of an answer's line."""
     return {key: line[key] for key in ("prompt", "source_model", "domain", "id", "task",
@@ -322,6 +362,11 @@ def mine(args):
 
     The labels are gathered beside --out, which is written when all are there.
     """
+    if job.rank():
+        if work := job.broadcast():
+            for _ in labels(args, *work):
+                pass
+        return
     lines = read_answers(args.data)
     with_checker = [line for line in lines if line["task"]]
     refuse(
@@ -337,20 +382,19 @@ def mine(args):
              for line in (same[:1] if args.method == "autojudge" else same)]
     log = open_log(args.out.with_name(args.out.name + ".part"), {
         "data": file_hash(args.data), "method": args.method, "search": args.search,
-        "device": args.device, "dtype": dtype_name(args.dtype),
+        "device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
         "models": {name: fingerprint(d)
                    for name, d in (("target", args.target), ("draft", args.draft)) if d}})
     results = log.values
-    if len(results) < len(units):
-        miner = Miner(args, with_checker)
-        with tqdm(units[len(results):], initial=len(results), total=len(units), desc=args.method,
-                  disable=None) as bar:
-            for line in bar:
-                result = getattr(miner, args.method)(line)
+    todo = units[len(results):]
+    job.broadcast(todo and (with_checker, todo))
+    if todo:
+        with tqdm(labels(args, with_checker, todo), initial=len(results), total=len(units),
+                  desc=args.method, disable=None) as bar:
+            for result in bar:
                 key = "left_out" if isinstance(result, str) else "lines"
                 results.append({key: result})
                 log.append(results[-1])
-        print(miner.go_on.report())
     found = [line for r in results for line in r.get("lines", ())]
     write_lines({args.out: found})
     log.remove()
@@ -432,7 +476,7 @@ def summary(name: str, part: list[dict], tokenizer: Tokenizer | None) -> str:
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Make judge data: answers of several models, labels "
+    p = Parser(description="Make judge data: answers of several models, labels "
                                 "mined or merged.")
     commands = p.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="answers of several models")
@@ -512,8 +556,7 @@ def check_args(args):
         (merging and not 0 < given("val_share") < 1,
          f"--val_share is {given('val_share')}; it must be between 0 and 1"),
         (merging and given("train") == given("val"), "--train and --val are the same file"),
-        (tp.world() > 1,
-         "make_judge_data.py does not run under torchrun; start it with python"))
+        (merging and job.world() > 1, "merge runs no model; start it with python"))
     for path in (args.train, args.val) if merging else (args.out,):
         check_writable(path)
 
@@ -524,4 +567,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    job.run(main)

@@ -120,6 +120,7 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """`features` then `output`; `forward` is both. All state is in the cache they are given."""
+    agree = staticmethod(lambda t: t)  # of several ranks (tp.py): rank 0's t for all, in place
 
     def __init__(self, c: ModelConfig):
         super().__init__()

@@ -8,7 +8,6 @@ embedding; linear.py says what each mode does. Weights stream from file to file 
 so memory does not grow with the model. Weights are rounded to the nearest value, without
 calibration data.
 """
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from checkpoint import (
     weight_files,
     write_checkpoint,
 )
-from common import UserError, check_writable, read_json, refuse, run
+from common import Parser, UserError, check_writable, read_json, refuse, run
 from linear import GROUP_SIZES, MODES, Quantization, QuantizedLinear
 from model import ModelConfig, Transformer
 
@@ -68,7 +67,7 @@ def plan(checkpoint_dir, config: ModelConfig, child: ModelConfig) -> dict[str, P
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Quantize a checkpoint's linear layers.")
+    p = Parser(description="Quantize a checkpoint's linear layers.")
     p.add_argument("--checkpoint_dir", type=Path, required=True,
                    help="checkpoint directory, from convert_hf_checkpoint.py")
     p.add_argument("--mode", choices=MODES, required=True,

@@ -8,10 +8,9 @@ the hidden state at its own position; --features keeps these states in a file.
 
 Class weight, regularisation and number of epochs are those that do best on held-out prompts, where
 the threshold is found as well; only more held-out data would show how much all this choosing
-flatters. All features are held in memory, float32 [tokens, D], twice while the heads train. On one
-machine the same input gives the same bytes.
+flatters. All features are held in memory, float32 [tokens, D], twice while the heads train; under
+torchrun that is rank 0's. On one machine the same input gives the same bytes.
 """
-import argparse
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -21,15 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tp
-from checkpoint import fingerprint, load
-from common import UserError, check_writable, refuse, run, write_text
+from checkpoint import fingerprint, read_config
+from common import Parser, UserError, check_writable, refuse, write_text
 from evaluation.report import table
 from judge import JudgeHead, above_threshold
 from judge_data import report
 from judge_data.data import Encoded, encode, read_data, split
-from judge_data.features import hidden_states, made_of, read_features, save_features
-from load import add_device_flags, dtype_name, read_vocabulary, resolve_device
+from judge_data.features import BATCH, hidden_states, made_of, read_features, save_features
+from load import (
+    add_device_flags,
+    dtype_name,
+    load_model,
+    read_vocabulary,
+    resolve_device,
+)
 from model import DTYPES
+from ranks import job
+from ranks.memory import check_memory
 
 PATIENCE = 10  # epochs without a better one
 # Shares of the errors accepted; the curve has a threshold for each.
@@ -86,14 +93,24 @@ def get_features(args, encoded: list[Encoded]) -> Tensor:
     if args.features:
         made = made_of(encoded, args.target, dtype_name(args.dtype))
         if args.features.exists():
+            job.broadcast()  # nothing for the others to do
             return read_features(args.features, made, args.target, args.data,
                                  args.features_dtype).float()
-    hidden = hidden_states(load(args.target, args.device, args.dtype), encoded,
-                           DTYPES[args.features_dtype or "float32"])
+    hidden = read_answers(args, job.broadcast(encoded))
     if args.features:
         save_features(args.features, hidden, made)
     # Rounded as the file is, so that a run that reads it gives the same judge.
     return hidden.float()
+
+
+def read_answers(args, encoded: list[Encoded]) -> Tensor:
+    """The target's hidden states at the labelled tokens, [N, D], on rank 0."""
+    config, longest = read_config(args.target), max(len(e.ids) for e in encoded)
+    tp.check(config, args.target)
+    check_memory({"target": (config, args.dtype, False)}, longest, 0, args.device, at_once=longest,
+                 batch=min(len(encoded), math.ceil(BATCH / longest)))
+    target = load_model(args.target, config, args.device, args.dtype)
+    return hidden_states(target, encoded, DTYPES[args.features_dtype or "float32"])
 
 
 # ---------------------------------------------------------------- the head
@@ -191,7 +208,7 @@ def curve_of(scores: Tensor, labels: Tensor,
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="Train a judge head for a target model.")
+    p = Parser(description="Train a judge head for a target model.")
     p.add_argument("--target", type=Path, required=True, help="checkpoint directory")
     p.add_argument("--data", type=Path, required=True,
                    help='JSON Lines of {"prompt", "answer", "error"}')
@@ -251,8 +268,7 @@ def check_args(args):
         (args.weight_decay is not None and not 0 <= args.weight_decay < math.inf,
          f"--weight_decay is {args.weight_decay}; it must be at least 0"),
         (not 0 < args.lr < math.inf, f"--lr is {args.lr}; it must be above 0"),
-        (args.epochs < 1, f"--epochs is {args.epochs}; it must be at least 1"),
-        (tp.world() > 1, "train_judge.py does not run under torchrun; start it with python"))
+        (args.epochs < 1, f"--epochs is {args.epochs}; it must be at least 1"))
     paths = [path for path in (args.out, args.report, args.features) if path]
     for path in paths:
         check_writable(path)
@@ -281,6 +297,8 @@ def describe(args, head: JudgeHead, examples: list[dict], part: Tensor, y: Tenso
 
 def main():
     args = parse_args()
+    if job.rank():  # the others have a part in the target's passes only
+        return read_answers(args, encoded) if (encoded := job.broadcast()) else None
     examples = read_data(args.data)
     train, val = parts(examples, args)
     config, tokenizer = read_vocabulary(args.target)
@@ -319,4 +337,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    job.run(main)

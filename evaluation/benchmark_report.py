@@ -25,6 +25,29 @@ def pass_rows(passes: dict) -> list[list[str]]:
                     f"{d['ms_per_token'] / one:.2f}", ""] for d in passes["draft"]]
 
 
+def model_line(flag: str, m: dict, ranks: int) -> str:
+    line = (f"{flag:6} {m['name']}: {m['parameters'] / 1e9:.3g}B parameters, "
+            f"{m['bytes'] / 1e9:.3g} GB, {m['dtype']}, {m['weights']} weights"
+            + (f", {m['quant']}" if m["quant"] else ""))
+    if ranks == 1:
+        return line
+    how = "shared" if m["shared_by"] > 1 else "whole on each rank"
+    return f"{line}, {how}: {m['bytes_a_rank'] / 1e9:.3g} GB a rank"
+
+
+def collectives_lines(c: dict, ranks: int) -> list[str]:
+    """An all-reduce and the logits' gather of a pass: milliseconds, and the share of them all."""
+    return [f"all-reduce of [{p['rows']}, {c['dim']}] {c['dtype']} over {ranks} ranks, "
+            f"{p['all_reduce']}: {p['all_reduce_ms']:.3f} ms; {c['all_reduces_a_pass']} a pass, "
+            f"{p['share_of_pass']:.0%} of " + ("a decode" if p["rows"] == 1 else
+                                               f"verifying {p['rows']} rows")
+            + f" with the logits' gather, {p['gather_ms']:.3f} ms" for p in c["passes"]]
+
+
+def device_name(r: dict) -> str:
+    return f"{r['ranks']} x {r['device']}" if r["ranks"] > 1 else r["device"]
+
+
 def simulated_rows(simulated: dict, ks: list[int]) -> list[list[str]]:
     rows = [["rate", *(f"K = {k}" for k in ks), "best speed-up"]]
     for best in simulated["best"]:
@@ -50,15 +73,13 @@ def real_rows(real: dict) -> list[list[str]]:
 def report(r: dict) -> str:
     """The result as text tables."""
     simulated, j = r["simulated"], r["passes"]["judge"]
-    lines = [f"{r['device']}, torch {r['torch']}, {'compiled' if r['compile'] else 'eager'}; "
+    lines = [f"{device_name(r)}, torch {r['torch']}, {'compiled' if r['compile'] else 'eager'}; "
              f"medians of {r['repeats']} repeats"]
-    for flag in ("target", "draft"):
-        m = r[flag]
-        lines.append(f"{flag:6} {m['name']}: {m['parameters'] / 1e9:.3g}B parameters, "
-                     f"{m['bytes'] / 1e9:.3g} GB, {m['dtype']}, {m['weights']} weights"
-                     + (f", {m['quant']}" if m["quant"] else ""))
-    lines += [f"read bandwidth of the device {r['bandwidth_gb_per_sec']:,.0f} GB/s", "",
+    lines += [model_line(flag, r[flag], r["ranks"]) for flag in ("target", "draft")]
+    where = "the device" if r["ranks"] == 1 else "all ranks together"
+    lines += [f"read bandwidth of {where} {r['bandwidth_gb_per_sec']:,.0f} GB/s", "",
               grid(pass_rows(r["passes"])),
+              *(collectives_lines(r["collectives"], r["ranks"]) if r["collectives"] else ()),
               f"judge, in a pass of {j['rows']} rows: {j['ms_cost']:+.3f} ms (paired; "
               f"{j['ms_with']:.3f} with, {j['ms_without']:.3f} without)", "",
               f"tokens/s (drafted tokens accepted per round), {SIMULATED}; * the best K; target "
@@ -104,7 +125,7 @@ def plot(r: dict, path: Path):
     names = [" ".join(filter(None, (Path(m["name"]).name, m["quant"])))
              for m in (r["draft"], r["target"])]
     dtypes = " and ".join(dict.fromkeys(r[flag]["dtype"] for flag in ("target", "draft")))
-    ax.set_title(f"{names[0]} drafts for {names[1]}: {SIMULATED}\n{r['device']}, {dtypes}, "
+    ax.set_title(f"{names[0]} drafts for {names[1]}: {SIMULATED}\n{device_name(r)}, {dtypes}, "
                  f"{'compiled' if r['compile'] else 'eager'}", fontsize=10.5)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.92")

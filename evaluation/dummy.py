@@ -1,18 +1,22 @@
-"""The models that benchmark.py measures: checkpoints, or dummy weights of a Llama's real shapes."""
-import contextlib
-import os
+"""The models that benchmark.py measures: checkpoints, or dummy weights of a Llama's real shapes.
+
+Under torchrun n ranks share a model, n = 1 being one that each rank runs whole.
+"""
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-import checkpoint
+import load
+import tp
 from checkpoint import config_from
 from common import read_json, refuse
 from linear import prepare
 from load import dtype_name
-from model import Transformer
+from model import ModelConfig, Transformer
+from ranks import job
+from tp import size, skeleton
 
 
 def llama3(dim, n_layer, n_head, ffn_dim, factor=8.0, tied=False):
@@ -39,6 +43,10 @@ class Source(NamedTuple):
     config: dict
     directory: Path | None
 
+    @property
+    def model_config(self) -> ModelConfig:
+        return config_from(self.config, self.name)
+
 
 def find(name: str, quant: str | None, flag: str) -> Source:
     """The model that --target or --draft names: a preset, a config.json or a directory."""
@@ -56,45 +64,40 @@ def find(name: str, quant: str | None, flag: str) -> Source:
     return Source(name, config, None)
 
 
-@contextlib.contextmanager
-def made_on(device, dtype):
-    """Modules made inside are on `device`, in `dtype` where they do not choose one themselves."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def shared_by(device, target: tuple, draft: tuple) -> tuple[int, int]:
+    """The ranks that share target and draft, each (source, dtype); raises UserError if they cannot.
+    """
+    if job.world() == 1:
+        return 1, 1
+    tp.check(target[0].model_config, target[0].name)
+    whole = load.run_whole(draft[0].name, draft[0].model_config, device, draft[1])
+    return job.world(), 1 if whole else job.world()
 
 
-def size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def skeleton(source: Source, dtype, device="meta") -> Transformer:
-    """The model with weights not filled; on "meta" without memory for them, to count with."""
-    with made_on(device, dtype):
-        return Transformer(config_from(source.config, source.name))
-
-
-def describe(source: Source, dtype) -> dict:
-    """What the model is, its bytes, and those a pass reads: an untied embedding is one row each."""
-    model = skeleton(source, dtype)
-    plain = skeleton(source._replace(config=source.config | {"quantization": None}), dtype)
+def describe(source: Source, dtype, n=1) -> dict:
+    """What the model is, its bytes on all ranks, and those a pass reads there: of an untied
+    embedding only a few rows.
+    """
+    config, ranks = source.model_config, job.world()
+    model = skeleton(config, dtype, n=n)
+    plain = skeleton(replace(config, quantization=None), dtype)
     weights = size(*model.parameters(), *model.buffers())
     return {"name": source.name, "weights": "real" if source.directory else "dummy",
             "quant": (source.config.get("quantization") or {}).get("mode"),
-            "dtype": dtype_name(dtype), "bytes": weights,
+            "dtype": dtype_name(dtype), "shared_by": n,
+            "bytes": ranks * weights, "bytes_a_rank": weights,
             "parameters": sum(p.numel() for p in plain.parameters()),
-            "bytes_read": weights - (0 if model.config.tied else size(model.embed.weight))}
+            "bytes_read": ranks * (
+                weights - (0 if model.config.tied else size(model.embed.weight)))}
 
 
-def build(source: Source, device, dtype) -> Transformer:
+def build(source: Source, device, dtype, n=1) -> Transformer:
     """The model on `device`: its checkpoint, or random weights made there."""
     if source.directory:
-        return checkpoint.load(source.directory, device, dtype)
-    model = skeleton(source, dtype, device)
+        return load.load_model(source.directory, source.model_config, device, dtype, whole=n == 1)
+    model = skeleton(source.model_config, dtype, device, n)
+    if job.world() > 1:
+        model.agree = job.same_everywhere
     for name, t in model.named_buffers():  # quantized weights; zeros would let a GPU clock higher
         if t.element_size() == 1:
             t.view(torch.uint8).random_(0, 127)  # as fp8, 127 is not a number
@@ -102,19 +105,3 @@ def build(source: Source, device, dtype) -> Transformer:
             t.fill_(0 if name.endswith("zero") else 1e-4)
     prepare(model, dtype)
     return model.requires_grad_(False).eval()
-
-
-def check_memory(models: dict[str, dict], cache: int, device: str):
-    """Refuse what does not fit before anything is allocated; cache: bytes."""
-    if device == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        with contextlib.suppress(OSError):  # on Linux what file caches would give back counts too
-            lines = Path("/proc/meminfo").read_text().splitlines()
-            free = next(int(s.split()[1]) * 1024 for s in lines if s.startswith("MemAvailable:"))
-    need = sum(m["bytes"] for m in models.values()) + cache
-    parts = ", ".join(f"{flag} {m['bytes'] / 1e9:.1f} GB" for flag, m in models.items())
-    refuse((need > free, f"this does not fit: {parts} and caches {cache / 1e9:.1f} GB need at "
-            f"least {need / 1e9:.1f} GB, {device} has {free / 1e9:.1f} GB free; take smaller "
-            "models, --target_quant, --draft_quant or --dtype bfloat16"))

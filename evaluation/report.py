@@ -143,7 +143,8 @@ def markdown(r: dict) -> str:
     names = " with ".join(filter(None, (s["target_name"], s["draft_name"])))
     chat, mode = ", chat template" if s["chat"] else "", "compiled" if s["compile"] else "eager"
     parts = [f"{s['task']}: {names}, K = {s['speculate_k']}, greedy, {s['dtype']}, {mode}{chat}, "
-             f"{s['device']}, processes: {s['processes']}", main_table(rules)]
+             f"{s['device']}, " + (f"{s['ranks']} ranks" if s.get("ranks") else
+                                   f"processes: {s['processes']}"), main_table(rules)]
     if len({m["n"] for m in rules.values()}) > 1:
         parts.append("Not every rule has answered every problem: speed-up and the comparison are "
                      "over those that rule and target share.")

@@ -12,6 +12,7 @@ from checkpoint import fingerprint
 from common import UserError, open_weights, replacing
 from judge_data.data import Encoded
 from model import DTYPES, Transformer
+from ranks.job import rank
 
 BATCH = 4096  # tokens that the target reads at once, padding included
 
@@ -35,12 +36,12 @@ def hidden_states(target: Transformer, encoded: list[Encoded], dtype=torch.float
     """The hidden states at all labelled tokens' own positions, answer by answer: [N, D] on the CPU.
 
     Each answer is read once. Shorter ones in a batch are padded at the end, which no token of
-    theirs attends to.
+    theirs attends to. Under torchrun all ranks read, and rank 0 keeps: the others' N is 0.
     """
     device, begin = target.norm.weight.device, [0]
     for e in encoded:
         begin.append(begin[-1] + len(e.labels))
-    out = torch.empty(begin[-1], target.config.dim, dtype=dtype)
+    out = torch.empty(0 if rank() else begin[-1], target.config.dim, dtype=dtype)
     with tqdm(total=len(encoded), desc="target reads the answers", unit="answer",
               disable=None) as bar:
         for batch in batches([len(e.ids) for e in encoded]):
@@ -48,8 +49,9 @@ def hidden_states(target: Transformer, encoded: list[Encoded], dtype=torch.float
             rows = [encoded[i].ids + [0] * (span - len(encoded[i].ids)) for i in batch]
             ids = torch.tensor(rows, device=device)
             states = target.features(ids, torch.arange(span, device=device),
-                                     target.new_cache(span, len(batch))).cpu()
-            for row, i in enumerate(batch):
+                                     target.new_cache(span, len(batch)))
+            states = states[:0 if rank() else None].cpu()
+            for row, i in zip(range(len(states)), batch):
                 out[begin[i]:begin[i + 1]] = states[row, encoded[i].start:len(encoded[i].ids)]
             bar.update(len(batch))
     return out

@@ -30,11 +30,12 @@ import linear  # noqa: E402
 from checkpoint import load  # noqa: E402
 from common import json_lines  # noqa: E402
 from engine import Engine, LlamaDrafter, State, generate  # noqa: E402
-from evaluation.dummy import PRESETS, Source, build, describe, size  # noqa: E402
+from evaluation.dummy import PRESETS, Source, build, describe  # noqa: E402
 from graphs import RECOMPILE_LIMIT, RecordedRounds, compile_engine, record, warm_up  # noqa: E402
 from judge import JudgeHead  # noqa: E402
 from load import load_judge  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from tp import size  # noqa: E402
 
 DEV = os.environ.get("DEV", "cuda")
 MODES = os.environ.get("MODES", "bf16,int8,int4,fp8").split(",")

@@ -103,3 +103,12 @@ def test_control_characters_of_an_error_are_shown_escaped(capsys):
     with pytest.raises(SystemExit, match="2"):
         run(main)
     assert capsys.readouterr().err == "error: it says \\x1b[31mred\\nand \\u202eturned, é日\n"
+
+
+@pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
+def test_a_command_without_a_model_is_no_command_for_torchrun(rank, said, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit, match="2"):
+        run(lambda: pytest.fail("it ran"))
+    assert capsys.readouterr().err.count("start it with python, not with torchrun") == said

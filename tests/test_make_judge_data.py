@@ -115,8 +115,8 @@ def test_every_model_answers_every_prompt(pair, answers):
 
 def test_resumes_wherever_the_file_was_cut(pair, answers, tmp_path, monkeypatch):
     data, made = answers.read_bytes(), {unit(a): a for a in lines_of(answers)}
-    monkeypatch.setattr(M, "answers", lambda args, name, directory, units: (
-        made[name, p["example"]["id"], t, n] for p, t, n in units))
+    monkeypatch.setattr(M, "answers", lambda args, i, units: (
+        made[list(M.names_of(args.models))[i], p["example"]["id"], t, n] for p, t, n in units))
     monkeypatch.setattr("common.os.fsync", lambda fd: None)
     out, rng = tmp_path / "a.jsonl", random.Random(0)
     shutil.copy(pair / "answers.jsonl.settings.json", tmp_path / "a.jsonl.settings.json")

@@ -41,7 +41,7 @@ from test_generate import (  # noqa: F401
     small_pair,
     tokens,
 )
-from test_tp import DEMO, torchrun
+from test_tp import DEMO, SHARED, script, torchrun
 
 LARGER = "target", "draft"  # which of the two has more rows
 PARAMETERS = {"topk": 3, "kl": 2.0}
@@ -250,7 +250,7 @@ def test_two_processes_say_what_one_says(demo_tokens, tmp_path, target, draft):
     done = subprocess.run([sys.executable, ROOT / "generate.py", *args, one], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    again = torchrun(ROOT / "generate.py", *args, two)
+    again = torchrun(script(tmp_path, SHARED), *args, two)
     assert again.returncode == 0, again.stderr
     one, two = json.loads(one.read_text()), json.loads(two.read_text())
     assert two["tokens"] == one["tokens"] and two["accept_counts"] == one["accept_counts"]
