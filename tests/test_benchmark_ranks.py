@@ -96,7 +96,7 @@ def test_dummy_weights_on_more_ranks_than_kv_heads(tmp_path):
     """Four ranks on 2 KV heads: two hold each, and both copies count. The draft is shared too."""
     target = tiny_config(vocab_size=104, max_position_embeddings=512)
     draft = tiny_config(vocab_size=104, max_position_embeddings=512, num_hidden_layers=1,
-                        hidden_size=512, intermediate_size=2304)
+                        hidden_size=512, intermediate_size=6144)
     for name, config in (("target", target), ("draft", draft)):
         (tmp_path / f"{name}.json").write_text(json.dumps(config))
     done = torchrun(ROOT / "benchmark.py", "--target", tmp_path / "target.json", "--draft",

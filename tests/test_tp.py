@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import generate
+import quantize
 import tp
 from checkpoint import config_from, fingerprint, load
 from common import UserError, read_json
-from helpers import random_model, save_checkpoint, tiny_config
+from helpers import random_model, run_command, save_checkpoint, tiny_config
 from judge import JudgeHead
 from load import resolve_device
 from ranks import job
@@ -67,9 +69,8 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [
-    ALONE, STANDARD, JUDGE, "compiled",
-    (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
-    ids=["target", "standard", "judge", "judge-compiled", "sampled"])
+    JUDGE, "compiled", (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
+    ids=["judge", "judge-compiled", "sampled"])
 def test_two_processes_say_what_one_says(args, tmp_path, tiny):
     if args == "compiled":
         args = ("--target", tiny / "target", "--draft", tiny / "draft", "--judge",
@@ -87,17 +88,14 @@ def test_two_processes_say_what_one_says(args, tmp_path, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["int8", "int4"])
-def test_a_quantized_target_is_shared_too(mode, tmp_path):
-    subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", DEMO / "target",
-                    "--mode", mode, "--out", tmp_path / "q",
-                    *(["--group_size", "64"] if mode == "int4" else [])], check=True,
-                   capture_output=True)
-    args = ("--target", tmp_path / "q", *JUDGE[2:], "--speculate_k", "6")
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    subprocess.run([sys.executable, ROOT / "generate.py", *map(str, args), "--json", one],
-                   check=True, capture_output=True)
-    done = torchrun(ROOT / "generate.py", *args, "--json", two)
+def test_an_int4_target_is_shared_too(tmp_path):
+    q, one, two = (tmp_path / name for name in ("q", "one.json", "two.json"))
+    args = ("--target", q, *JUDGE[2:], "--speculate_k", "6", "--json")
+    with pytest.MonkeyPatch.context() as m:
+        run_command(m, quantize, "--checkpoint_dir", DEMO / "target", "--mode", "int4",
+                    "--group_size", "64", "--out", q)
+        run_command(m, generate, *args, one)
+    done = torchrun(ROOT / "generate.py", *args, two)
     assert done.returncode == 0, done.stderr
     one, two = json.loads(one.read_text()), json.loads(two.read_text())
     assert (two["tokens"], two["sources"]) == (one["tokens"],
@@ -171,18 +169,25 @@ job.run(main)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 4])
-def test_logits_of_every_variant_are_those_of_the_whole_model(n, tmp_path):
-    (tmp_path / "script.py").write_text(LOGITS)
-    paths = []
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory) -> list:
+    """Checkpoints of all variants, and their int8 copies."""
+    home, paths = tmp_path_factory.mktemp("variants"), []
     for i, (name, variant) in enumerate(VARIANTS.items()):
         config = tiny_config(vocab_size=104, **variant)
-        paths += [save_checkpoint(tmp_path / name, random_model(config, i), config)]
-        paths += [tmp_path / f"{name}-int8"]
-        subprocess.run([sys.executable, ROOT / "quantize.py", "--checkpoint_dir", paths[-2],
-                        "--mode", "int8", "--out", paths[-1]], check=True, capture_output=True)
-    done = torchrun(tmp_path / "script.py", *paths, n=n)
+        paths += [save_checkpoint(home / name, random_model(config, i), config),
+                  home / f"{name}-int8"]
+        with pytest.MonkeyPatch.context() as m:
+            run_command(m, quantize, "--checkpoint_dir", paths[-2], "--mode", "int8", "--out",
+                        paths[-1])
+    return paths
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
+def test_logits_of_every_variant_are_those_of_the_whole_model(n, variants, tmp_path):
+    (tmp_path / "script.py").write_text(LOGITS)
+    done = torchrun(tmp_path / "script.py", *variants, n=n)
     assert done.returncode == 0, done.stderr
 
 
