@@ -312,12 +312,13 @@ def show_replay(args):
     """Print and write the rounds that each rule would take through a file's texts as drafts."""
     texts = job.from_rank_0(
         lambda: read_texts(args.replay, TASKS["gsm8k"](), args.chat, args.limit))
-    models = load_what_rules_need(args, lambda t: max(
-        len(t.prompt(prompt, args.chat)) + len(t.encode(text, continuation=True))
-        for _, prompt, text in texts), rows=math.inf)
-    encode, prompt_ids = models.tokenizer.encode, models.tokenizer.prompt
-    texts = [(where, prompt_ids(prompt, args.chat), encode(text, continuation=True))
-             for where, prompt, text in texts]
+
+    def longest(tokenizer):
+        texts[:] = [(where, tokenizer.prompt(prompt, args.chat),
+                     tokenizer.encode(text, continuation=True)) for where, prompt, text in texts]
+        return max(len(prompt) + len(text) for _, prompt, text in texts)
+
+    models = load_what_rules_need(args, longest, rows=math.inf)
     results = replay(texts, models, args.rules, args.speculate_k)
     if job.rank():
         return

@@ -50,8 +50,10 @@ def hidden_states(target: Transformer, encoded: list[Encoded], dtype=torch.float
             ids = torch.tensor(rows, device=device)
             states = target.features(ids, torch.arange(span, device=device),
                                      target.new_cache(span, len(batch)))
-            states = states[:0 if rank() else None].cpu()
-            for row, i in zip(range(len(states)), batch):
+            if rank():
+                continue
+            states = states.cpu()
+            for row, i in enumerate(batch):
                 out[begin[i]:begin[i + 1]] = states[row, encoded[i].start:len(encoded[i].ids)]
             bar.update(len(batch))
     return out

@@ -273,8 +273,30 @@ def test_the_faster_all_reduce_is_taken_by_all_ranks_alike(ranks):
     said = [line for line in stderr.splitlines() if line.startswith("all-reduce: ")]
     assert said[0].startswith("all-reduce: one-shot up to 5 rows; of [5, 8] one-shot takes 0.")
     assert said[1].startswith("all-reduce: GLOO; of [1, 8] one-shot takes 2")
-    assert said[4:] == ["all-reduce: GLOO; one-shot failed: its sums are wrong",
+    assert said[4:] == ["all-reduce: GLOO; one-shot gives wrong sums here",
                         "all-reduce: GLOO; one-shot failed: no such memory here"]
+
+
+@pytest.mark.slow
+def test_a_kernel_that_fails_on_one_rank_ends_the_run(tmp_path):
+    """Not caught: the other rank, here like in a kernel, waits for it."""
+    fails = SCRIPT.split("def main()")[0] + """
+def kernel(x):
+    if job.rank() == 1:
+        raise RuntimeError("a fault in the kernel")
+    time.sleep(1000)
+
+
+def main():
+    job.start("cpu")
+    chosen(kernel)
+
+
+job.run(main)
+"""
+    (tmp_path / "script.py").write_text(fails)
+    done = torchrun(tmp_path / "script.py")
+    assert done.returncode != 0 and "RuntimeError: a fault in the kernel" in done.stderr
 
 
 @pytest.mark.slow
