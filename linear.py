@@ -1,10 +1,12 @@
 """Linear layers, plain and quantized, and what config.json says about quantization.
 
 A quantized layer's tensors on disk are plain: row i of each belongs to output i, and columns can be
-split too (int4: at multiples of the group size). Weights are quantized, activations are not (except
-fp8: row by row, on the fly). Each layer takes bfloat16 and float32 rows, few (a verification) or
-many (a prompt), compiled or eager. quantize.py writes the tensors.
+split too (int4: at multiples of the group size). Weights are quantized, activations are not, except
+for fp8 in passes of more than FEW rows: row by row, on the fly. Each layer takes bfloat16 and
+float32 rows, few (a verification) or many (a prompt), compiled or eager. quantize.py writes the
+tensors.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from common import UserError
 
-FEW = 64  # rows up to which the kernels in gpu_kernels/ widen no weight
+FEW = 64  # bfloat16 rows up to which the kernels in gpu_kernels/ widen no weight
 quantized_matmul = None
 if torch.cuda.is_available():  # Triton is slow to import, and of no use without a GPU
     try:
@@ -47,7 +49,35 @@ PACK_ROWS = 17  # what oneDNN packs for; the product takes any number of rows
 
 
 def few_rows_on_gpu(x: Tensor) -> bool:
-    return quantized_matmul is not None and x.is_cuda and len(x) <= quantized_matmul.MAX_ROWS
+    return (quantized_matmul is not None and x.is_cuda and len(x) <= FEW
+            and x.dtype != torch.float32)
+
+
+def kernel_runs(rows: int, dtype: torch.dtype, device: str) -> bool:
+    """`few_rows_on_gpu`, for computing memory."""
+    return device != "cpu" and rows <= FEW and dtype != torch.float32
+
+
+def kernel_workspace(rows: int, n_out: int, item: int) -> int:
+    """Bytes of a kernel's parts, their sum and the result; see gpu_kernels' `settings`."""
+    return rows * (4 * max(n_out, min(4 * n_out, 2**15)) + (4 + item) * n_out)
+
+
+def widened_matmul(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x [M, in] times int8 or fp8 [out, in] with scales [out] -> [M, out], the weight copied in x's
+    dtype.
+    """
+    return (F.linear(x, weight.to(x.dtype)) * scale).to(x.dtype)
+
+
+def widened_workspace(rows: int, n_out: int, wide: int, item: int) -> int:
+    """Bytes of `widened_matmul` that widens `wide` weights at a time.
+
+    Their products, and all in one where there are blocks; or the product, a copy of it and the
+    scaled one, the latter two in float32.
+    """
+    out = rows * n_out
+    return max((wide + out) * item, out * (8 if item == 4 else item + 8))
 
 
 def dots_pay(x: Tensor, weight: Tensor, rows: int) -> bool:
@@ -211,11 +241,11 @@ class Int8Linear(QuantizedLinear):
         return 0 if dtype == self.scale.dtype else len(self.scale) * dtype.itemsize
 
     def workspace(self, rows, dtype, device):
-        out, e, count = rows * len(self.weight), dtype.itemsize, self.weight.numel()
-        wide = min(count, BLOCK) if device == "cpu" else count * (rows > FEW)
-        # The blocks' products and all in one; or the product, a copy of it and the scaled one, the
-        # latter two in float32.
-        return max((wide + out) * e, out * (8 if e == 4 else e + 8))
+        n_out, count = len(self.weight), self.weight.numel()
+        if kernel_runs(rows, dtype, device):
+            return kernel_workspace(rows, n_out, dtype.itemsize)
+        wide = min(count, BLOCK) if device == "cpu" else count
+        return widened_workspace(rows, n_out, wide, dtype.itemsize)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of some rows, [rows, in] of any floating dtype."""
@@ -225,16 +255,16 @@ class Int8Linear(QuantizedLinear):
 
     def matmul(self, x: Tensor) -> Tensor:
         if few_rows_on_gpu(x):
-            return quantized_matmul.int8_matmul(x, self.weight, self.scale)
+            return quantized_matmul.bytes_matmul(x, self.weight, self.scale)
         if dots_pay(x, self.weight, DOT_ROWS_INT8):
             return (dot_products(x, self.weight) * self.scale).to(x.dtype)
         on_cpu, (rows, n_in) = x.device.type == "cpu", x.shape
         # The kernel reads out of bounds unless the inputs are a multiple of 16.
         if on_cpu and x.dtype == torch.bfloat16 and rows <= INT8_ROWS and n_in % 16 == 0:
             return torch._weight_int8pack_mm(x, self.weight, self.rounded_scale)
-        in_blocks = on_cpu and self.weight.numel() > BLOCK
-        y = int8_blocks(x, self.weight) if in_blocks else F.linear(x, self.weight.to(x.dtype))
-        return (y * self.scale).to(x.dtype)
+        if on_cpu and self.weight.numel() > BLOCK:
+            return (int8_blocks(x, self.weight) * self.scale).to(x.dtype)
+        return widened_matmul(x, self.weight, self.scale)
 
 
 class Int4Linear(QuantizedLinear):
@@ -254,7 +284,7 @@ class Int4Linear(QuantizedLinear):
         super().__init__(bias, weight=torch.empty(n_out, n_in // 2, dtype=torch.uint8),
                          scale=groups, zero=torch.empty_like(groups))
         self.group_size = group_size
-        self.packed = self.scale_zero = None
+        self.packed = self.scale_zero = self.by_group = None
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The tensors of some rows, [rows, in] of any floating dtype.
@@ -282,7 +312,13 @@ class Int4Linear(QuantizedLinear):
         return device == "cpu" and dtype == torch.bfloat16 and not len(self.weight) % 16
 
     def prepare(self, dtype: torch.dtype):
-        """Replace the weight by the layout of PyTorch's bfloat16 kernel, where that can be used."""
+        """Replace the weight by the layout of PyTorch's bfloat16 kernel, where that can be used.
+
+        On a GPU, have scales and zeros group by group as well: a kernel for some rows reads those
+        of many outputs at a time, which lie a whole row apart on disk.
+        """
+        if self.weight.device.type != "cpu":
+            self.by_group = torch.stack((self.scale.T, self.zero.T))
         if not self.packs(dtype, self.weight.device.type):
             return
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
@@ -290,12 +326,16 @@ class Int4Linear(QuantizedLinear):
         self.scale_zero = torch.stack((self.scale.T, self.zero.T), dim=2).to(dtype)
         self.weight = self.scale = self.zero = None
 
+    def added(self, dtype, device):
+        return 2 * self.scale.numel() * self.scale.itemsize if device != "cpu" else 0
+
     def workspace(self, rows, dtype, device):
         out, count = rows * len(self.weight), 2 * self.weight.numel()
         if self.packs(dtype, device):
             return out * dtype.itemsize
-        if device != "cpu" and rows <= FEW:
-            return 8 * out
+        if kernel_runs(rows, dtype, device):
+            return kernel_workspace(rows, len(self.weight), dtype.itemsize) + 4 * rows * (
+                self.scale.shape[1])  # the sums of x's groups
         return max(8 * count, (count + out) * dtype.itemsize)  # `widen` holds float32 twice
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -303,15 +343,31 @@ class Int4Linear(QuantizedLinear):
             return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group_size,
                                                               self.scale_zero)
         if few_rows_on_gpu(x):
-            return quantized_matmul.int4_matmul(x, self.weight, self.scale, self.zero)
+            return quantized_matmul.int4_matmul(x, self.weight, self.scale, self.zero,
+                                                self.by_group)
         return F.linear(x, self.widen().flatten(1).to(x.dtype))
 
 
+@functools.cache
+def scales_rows(device: str) -> bool:
+    """Whether PyTorch multiplies fp8 by fp8 there with a scale for each row and output.
+
+    Tried, since that depends on the card and on PyTorch's build: some cannot on desktop Blackwells.
+    """
+    try:
+        zeros, ones = torch.zeros(16, 16, device=device).to(FP8), torch.ones(16, 1, device=device)
+        torch._scaled_mm(zeros, zeros.T, scale_a=ones, scale_b=ones.T, out_dtype=torch.bfloat16)
+    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+        return False
+    return True
+
+
 class Fp8Linear(QuantizedLinear):
-    """One scale per output, and one per row of activations, computed on the fly.
+    """One scale per output; in passes of more than FEW rows, one per row of activations too.
 
     weight float8_e4m3fn [out, in], scale float32 [out].
     """
+    scales_rows = True
 
     def __init__(self, n_in: int, n_out: int, bias=False, group_size=None):
         if n_in % 16 or n_out % 16:
@@ -327,11 +383,24 @@ class Fp8Linear(QuantizedLinear):
         return {"weight": (weight / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8),
                 "scale": scale}
 
+    def prepare(self, dtype: torch.dtype):
+        self.scales_rows = scales_rows(self.weight.device.type)
+
     def workspace(self, rows, dtype, device):
-        n_out, n_in = self.weight.shape  # `quantize` holds x in float32 three times
+        n_out, n_in = self.weight.shape
+        if kernel_runs(rows, dtype, device):
+            return kernel_workspace(rows, n_out, dtype.itemsize)
+        if not scales_rows(device):
+            return widened_workspace(rows, n_out, self.weight.numel(), dtype.itemsize)
+        # `quantize` holds x in float32 three times
         return rows * max(12 * n_in, n_in + n_out * (2 + dtype.itemsize))
 
     def matmul(self, x: Tensor) -> Tensor:
+        # Few rows wait for the weights alone: rounding them as well would take two more kernels.
+        if few_rows_on_gpu(x):
+            return quantized_matmul.bytes_matmul(x, self.weight, self.scale)
+        if not self.scales_rows:
+            return widened_matmul(x, self.weight, self.scale)
         rows = self.quantize(x)
         y = torch._scaled_mm(rows["weight"], self.weight.T, scale_a=rows["scale"][:, None],
                              scale_b=self.scale[None], out_dtype=torch.bfloat16)
@@ -372,8 +441,8 @@ class Quantization:
         if device.type != "cuda":
             raise UserError(f"{need}, not {device.type}; quantize with --mode int8 instead")
         if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
-            raise UserError(f"{need}, this one has {capability[0]}.{capability[1]}; quantize with "
-                            "--mode int8 instead")
+            raise UserError(f"{need}, this one has {capability[0]}.{capability[1]} and cannot "
+                            "convert float8_e4m3; quantize with --mode int8 instead")
 
 
 def linear(q: Quantization | None, n_in: int, n_out: int, bias=False) -> nn.Module:
@@ -399,3 +468,16 @@ def prepare(model: nn.Module, dtype: torch.dtype):
     for module in model.modules():
         if isinstance(module, (Linear, QuantizedLinear)):
             module.prepare(dtype)
+
+
+def path(model: nn.Module, rows: int, dtype: torch.dtype) -> str:
+    """What multiplies `rows` rows by the layers of a prepared model, in words."""
+    layer = next((m for m in model.modules() if isinstance(m, QuantizedLinear)), None)
+    if layer is None:
+        return "PyTorch"
+    x = torch.empty(rows, 0, dtype=dtype, device=next(model.parameters()).device)
+    if few_rows_on_gpu(x):
+        return "Triton, GEMV" if isinstance(layer, Int4Linear) and rows == 1 else "Triton"
+    if isinstance(layer, Fp8Linear) and layer.scales_rows:
+        return "PyTorch, fp8 by fp8"
+    return "weights widened, then PyTorch" if x.is_cuda else "PyTorch"

@@ -1,4 +1,4 @@
-"""Quantize the linear layers of a checkpoint: int8 or int4 weights, or fp8 weights and activations.
+"""Quantize the linear layers of a checkpoint: int8, int4 or fp8 weights.
 
     python quantize.py --checkpoint_dir DIR --mode int8|int4|fp8 --out DIR
 
