@@ -235,6 +235,17 @@ def open_weights(path, device="cpu"):
         raise UserError(f"{path} is damaged or truncated ({e}); fetch it again") from None
 
 
+def write_tensors(path, tensors: dict, metadata: dict[str, str]):
+    """A safetensors file, whole or absent; the same tensors and metadata give the same bytes."""
+    from safetensors.torch import save  # and with it PyTorch, for which not every command waits
+    data = save({k: t.contiguous() for k, t in tensors.items()}, metadata)
+    end = 8 + int.from_bytes(data[:8], "little")
+    # safetensors writes its header in random order
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
+    with replacing(path) as tmp:
+        tmp.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
+
+
 # ---------------------------------------------------------------- the answer log
 
 class AnswerLog:

@@ -26,6 +26,12 @@ def power_of_two(length: int) -> int:
     return max(SPAN, 1 << (length - 1).bit_length())
 
 
+def padded(rows: int) -> int:
+    """The next of 16, 24, 32, ..., 64, 80, ...: four sizes an octave, so few shapes of prompts."""
+    step = 1 << max(3, (rows - 1).bit_length() - 3)
+    return max(16, -(-rows // step) * step)
+
+
 class State(NamedTuple):
     """Where the text stands, int64 on the device: what a round starts from."""
     last: Tensor  # [2]: the last two tokens; the target has not read the last one yet
@@ -68,12 +74,12 @@ class Settings:
 
     @property
     def needs_draft_logits(self) -> bool:
-        return self.temperature > 0 or RULES[self.accept].needs_draft_logits
+        return self.temperature > 0 or RULES.get(self.accept, judge.Rule()).needs_draft_logits
 
 
 def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
     """The next token of logits [..., V], int64 [...]; noise [..., V] as `judge.sample` takes it."""
-    return logits.argmax(-1) if s.temperature == 0 else judge.sample(s.probabilities(logits), noise)
+    return judge.sample(s.probabilities(logits), noise) if s.temperature else judge.top1(logits)
 
 
 def play_round(e: "Engine", span: int):
@@ -86,7 +92,7 @@ def play_round(e: "Engine", span: int):
         drafted, draft_logits = e.drafter.propose(state, k, span, s, e.noise(k))
         drafted = e.agree(drafted)
 
-    uniform = e.uniform(k)
+    uniform = torch.rand(k, device=e.device, generator=e.rng) if s.temperature and k else None
     outcome, tokens, pos, hidden = e.verify_and_accept(
         e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform, e.noise(1))
     e.outcome.copy_(e.agree(outcome))
@@ -95,18 +101,25 @@ def play_round(e: "Engine", span: int):
 
 
 def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache, s: Settings,
-                      state: State, drafted: Tensor, draft_logits: Tensor | None,
-                      uniform: Tensor | None, noise: Tensor | None):
-    """The target's part of a round, compiled as one graph: the judge is part of the target's pass.
-
-    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V] -> the packed outcome, and
-    the tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
+                      state: State, drafted: Tensor, *more, decided=None):
+    """The target's part of a round: what `decide` makes of it (`decided`: compiled apart), and the
+    tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
     """
     # 2. verify and judge: one pass over the last token and the drafted ones
     tokens = torch.cat((state.last[1:], drafted))
     pos = state.length - 1 + torch.arange(len(tokens), device=tokens.device)
-    logits, hidden = (t[0] for t in target(tokens[None], pos, cache))
-    scores = None if head is None else head(hidden[1:])
+    hidden = target.features(tokens[None], pos, cache)[0]
+    return (decided or decide)(target, head, s, state, hidden, drafted, *more), tokens, pos, hidden
+
+
+def decide(target: Transformer, head: JudgeHead | None, s: Settings, state: State, hidden: Tensor,
+           drafted: Tensor, draft_logits: Tensor | None, uniform: Tensor | None,
+           noise: Tensor | None) -> Tensor:
+    """The packed outcome of the target's hidden states [K + 1, D], which LM head and judge read.
+
+    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V].
+    """
+    logits, scores = target.output(hidden), None if head is None else head(hidden[1:])
 
     # 3. accept: the longest prefix that the standard test or the rule lets in
     v = Verified(logits[:-1], hidden[1:], drafted, draft_logits, scores)
@@ -114,7 +127,7 @@ def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache,
 
     # 4. next state: the text ends with the accepted tokens and the target's own
     state = next_state(state, drafted, accepted, own)
-    return pack(Outcome(accepted, own, drafted, passed, state)), tokens, pos, hidden
+    return pack(Outcome(accepted, own, drafted, passed, state))
 
 
 def accept(v: Verified, logits: Tensor, room: Tensor, s: Settings, uniform: Tensor | None,
@@ -125,14 +138,14 @@ def accept(v: Verified, logits: Tensor, room: Tensor, s: Settings, uniform: Tens
     if not len(v.drafted):
         return torch.zeros_like(room), choose(logits, s, noise), v.drafted
     if s.temperature == 0:
-        passed = judge.top1_match(v.logits, v.drafted)
+        passed = judge.top1(v.logits) == v.drafted
     else:
         p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
         passed = judge.rejection_test(p[:-1], q, v.drafted, uniform)
     mask = judge.accept_mask(passed, v, s.accept, s.parameter)
     n = torch.minimum(mask.long().cumprod(0).sum()[None], room)  # the run of True from the front
     if s.temperature == 0:
-        return n, logits.index_select(0, n).argmax(-1), passed
+        return n, judge.top1(logits.index_select(0, n)), passed
     q = torch.nn.functional.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))  # 0 beyond its columns
     # Where all that may be kept was kept, the next token was never tested: the residual is p.
     q = q.index_select(0, n) * (n < room)[:, None]
@@ -156,8 +169,8 @@ class Drafter:
     def read(self, tokens: Tensor, pos: Tensor, hidden: Tensor, span: int):
         """Take in tokens [S] at pos [S], with the target's states at them, hidden [S, D].
 
-        After a round: the token it began with and all K drafted; rejected positions come again.
-        The target's new token is not among them: it is the state's last one.
+        A prompt, padded; after a round the token it began with and all K drafted, not the target's
+        new one, which is the state's last. Positions that the text does not keep come again.
         """
 
     def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
@@ -169,26 +182,27 @@ class Drafter:
         raise NotImplementedError  # every drafter has its own
 
 
-def draft_step(model: Transformer, tokens: Tensor, pos: Tensor, cache: Cache, s: Settings,
-               noise: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Read tokens [S] at pos [S]: the next token [1] and its logits [1, V or fewer]."""
-    logits = model(tokens[None], pos, cache)[0][0, -1:, :s.vocab_size]
-    return choose(logits, s, noise), logits
+def next_token(model: Transformer, hidden: Tensor, s: Settings,
+               noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The token [1] after hidden [1, D] and, where needed, its logits [1, V or fewer]."""
+    logits = model.output(hidden)[:, :s.vocab_size]
+    return choose(logits, s, noise), logits if s.needs_draft_logits else None
 
 
-def draft_steps(step, model: Transformer, cache: Cache, state: State, k: int, s: Settings,
-                noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`Drafter.propose` of a Llama, one `step` after the other; `step` is draft_step, or compiled.
+def draft_steps(model: Transformer, cache: Cache, last: Tensor, length: Tensor, k: int, s: Settings,
+                noise: Tensor | None, next_token=next_token) -> tuple[Tensor, Tensor | None]:
+    """`Drafter.propose` of a Llama: the next k tokens of a text of `length` that ends in `last`.
 
     The first step reads the last two tokens. After a round that accepted all K the draft has not
     read the last but one, after any other it reads it again: the same work whatever the outcome.
     """
-    tokens, pos = state.last, state.length + torch.arange(-2, 0, device=state.last.device)
+    tokens, pos = last, length + torch.arange(-2, 0, device=last.device)
     if s.vocab_size > model.config.vocab_size:  # padding that only the target has
         tokens = tokens.clamp(max=model.config.vocab_size - 1)
     drafted, logits = [], []
     for i in range(k):
-        tokens, row = step(model, tokens, pos, cache, s, None if noise is None else noise[i:i + 1])
+        hidden = model.features(tokens[None], pos, cache)[0, -1:]
+        tokens, row = next_token(model, hidden, s, None if noise is None else noise[i:i + 1])
         pos = pos[-1:] + 1
         drafted.append(tokens)
         logits.append(row)
@@ -199,8 +213,8 @@ class LlamaDrafter(Drafter):
     """A small Llama as the draft. Its own drafting fills its cache, so it reads prompts only."""
 
     def __init__(self, model: Transformer):
-        self.model, self.context, self.cache = model, model.config.max_seq_len, None
-        self.step, self.steps = draft_step, draft_steps
+        self.model, self.context = model, model.config.max_seq_len
+        self.cache, self.steps = None, draft_steps  # graphs.py wraps steps
 
     def new_cache(self, length: int):
         self.cache = self.model.new_cache(length, grown_from=self.cache)
@@ -210,7 +224,7 @@ class LlamaDrafter(Drafter):
         self.model.features(tokens[None], pos, self.cache.first(span))
 
     def propose(self, state, k, span, s, noise):
-        return self.steps(self.step, self.model, self.cache.first(span), state, k, s, noise)
+        return self.steps(self.model, self.cache.first(span), state.last, state.length, k, s, noise)
 
 
 class Engine:
@@ -236,7 +250,7 @@ class Engine:
         self.outcome = torch.zeros(2 * self.speculate_k + 6, dtype=torch.long, device=self.device)
         self.state = unpack(self.outcome, self.speculate_k).state  # views of the packed outcome
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
-        self.agree = target.agree
+        self.next_token, self.agree = next_token, target.agree
 
     def reserve(self, length: int):
         """Room for `length` tokens and a round's drafts after them; what was read stays."""
@@ -252,15 +266,22 @@ class Engine:
         return min(self.capacity, power_of_two(length))
 
     def read(self, start: int) -> Tensor:
-        """Feed tokens[start:] to target and drafter; the last hidden state [1, 1, D]."""
+        """Feed tokens[start:] to target and drafter; the last hidden state [1, D].
+
+        In few shapes: a chunk is padded, or where the cache ends begins earlier. What is read of
+        padding is read again when its positions come.
+        """
         for i in range(start, len(self.tokens), PREFILL_CHUNK):
-            ids = torch.tensor(self.tokens[i:i + PREFILL_CHUNK], device=self.device)
-            end = i + len(ids)
-            pos, span = torch.arange(i, end, device=self.device), self.span(end)
-            hidden = self.target.features(ids[None], pos, self.cache.first(span))
+            end = min(i + PREFILL_CHUNK, len(self.tokens))
+            rows = min(padded(end - i), self.capacity)
+            first = min(i, self.capacity - rows)
+            ids = self.tokens[first:end] + [0] * (first + rows - end)
+            ids, span = torch.tensor(ids, device=self.device), self.span(first + rows)
+            pos = torch.arange(first, first + rows, device=self.device)
+            hidden = self.target.features(ids[None], pos, self.cache.first(span))[0]
             if self.drafter:
-                self.drafter.read(ids, pos, hidden[0], span)
-        return hidden[:, -1:]
+                self.drafter.read(ids, pos, hidden, span)
+        return hidden[end - first - 1:end - first]
 
     def prefill(self, prompt: list[int], room: int) -> int:
         """Read what the caches lack of the prompt; the first new token. room: tokens to come."""
@@ -270,8 +291,8 @@ class Engine:
         self.reserve(len(prompt) + room)
         hidden = self.read(min(kept, self.read_len, len(prompt) - 1))
         self.read_len = len(prompt)
-        logits = self.target.output(hidden)[0]
-        self.tokens.append(int(self.agree(choose(logits, self.settings, self.noise(1)))))
+        token, _ = self.next_token(self.target, hidden, self.settings, self.noise(1))
+        self.tokens.append(int(self.agree(token)))
         self.set_state(room - 2)
         return self.tokens[-1]
 
@@ -285,10 +306,6 @@ class Engine:
         if self.settings.temperature:  # not inside what is compiled, which would draw otherwise
             x = torch.empty(rows, self.target.config.vocab_size, device=self.device)
             return x.exponential_(generator=self.rng)
-
-    def uniform(self, k: int) -> Tensor | None:
-        if self.settings.temperature and k:
-            return torch.rand(k, device=self.device, generator=self.rng)
 
     def round(self) -> tuple[int, list[int], list[str]]:
         """One round: (drafted tokens accepted, new tokens, their sources); they join `tokens`."""

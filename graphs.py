@@ -1,17 +1,23 @@
 """torch.compile and CUDA graphs, wrapped around an engine from outside, and the warm-up after which
 nothing is left to compile.
 """
+import copy
 import functools
 import os
 import shutil
 
 import torch
+from torch import Tensor
 
 from common import UserError
-from engine import Engine, LlamaDrafter
+from engine import Engine, LlamaDrafter, decide, draft_steps, next_token, padded, verify_and_accept
+from linear import FEW
+from model import Cache, Transformer
 
-UNROLL = 64  # draft steps times draft layers up to which all K steps are compiled as one graph
-RECOMPILE_LIMIT = 512  # spans, numbers of rows and engines share the code of one function
+WHOLE = 8  # layers up to which a pass on a CPU is one graph; see compile_engine
+STEPS = 4  # draft steps of such a graph: all of them in one take six times as long to compile
+PROMPTS = 16, 80  # rows on either side of what a few rows are to a quantized layer
+RECOMPILE_LIMIT = 512  # numbers of rows, models and engines share the code of one function
 
 
 def check_compiler(device: str):
@@ -22,36 +28,127 @@ def check_compiler(device: str):
                         "g++ or leave --compile out")
 
 
-def compile_engine(e: Engine):
-    """Compile what a round consists of; on a GPU record whole rounds as CUDA graphs as well.
-
-    Without those, a Llama draft that is small enough is compiled with all its K steps in one graph,
-    which saves their start; the time to compile it grows with K times its layers.
-    """
-    on_cpu = e.device.type == "cpu"
+def builder(device: torch.device):
+    """torch.compile with the options of a device."""
     # On a CPU the calls between kernels become C++ too: in Python they take a good part of a small
     # model's pass. Collectives cannot be called from there.
     alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    build = functools.partial(torch.compile, fullgraph=True, dynamic=False,
-                              options={"cpp_wrapper": on_cpu and alone})
+    options = {"cpp_wrapper": alone} if device.type == "cpu" else {
+        # Without it Inductor leaves products of one row, all draft steps but the first, to cuBLAS.
+        "coordinate_descent_tuning": True}
+    return functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
+
+
+def compile_engine(e: Engine):
+    """Compile what rounds and prompts consist of; on a GPU record whole rounds as CUDA graphs too.
+
+    One Block is compiled for all layers of a model, whatever their number, and the LM head with
+    what follows it. Python's call of each takes about 50 microseconds: nothing in a recording, nor
+    beside a large model's layer on a CPU. A small model's rounds there would be a quarter slower,
+    so they are compiled as whole passes; of its prompts only the target's are worth compiling.
+    """
+    build, on_cpu = builder(e.device), e.device.type == "cpu"
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    e.verify_and_accept = build(e.verify_and_accept)
+    target, rows = e.target, {1, 2, e.speculate_k + 1}
+    e.target = by_block(target, build, rows)
+    if on_cpu and target.config.n_layer <= WHOLE:
+        e.verify_and_accept = of_whole(target, build(verify_and_accept))
+    else:
+        e.verify_and_accept = functools.partial(verify_and_accept, decided=build(decide))
+        e.next_token = build(next_token)
     if isinstance(d := e.drafter, LlamaDrafter):
-        if on_cpu and e.speculate_k * d.model.config.n_layer <= UNROLL:
-            d.steps = build(d.steps)
+        if on_cpu and d.model.config.n_layer <= WHOLE:
+            d.steps = in_groups(of_whole(d.model, build(draft_steps)))
         else:
-            d.step = build(d.step)
+            d.model = by_block(d.model, build, rows)
+            d.steps = functools.partial(draft_steps, next_token=build(next_token))
     if not on_cpu:
-        e.play = RecordedRounds(e.play)
+        models = e.target, *([e.drafter.model] if isinstance(e.drafter, LlamaDrafter) else [])
+        e.play = RecordedRounds(e.play, all(m.kernel_rows for m in models))
+
+
+def no_kernel(model: Transformer) -> str | None:
+    """Why a compiled pass of few rows has PyTorch's attention, in words; None: it has ours."""
+    w = model.norm.weight
+    if w.device.type != "cuda":
+        return f"on a {w.device.type.upper()}"
+    try:
+        from gpu_kernels.attention import unavailable
+    except ImportError:
+        return "Triton is not installed"
+    return unavailable(w.device, model.config.head_dim, w.dtype)
+
+
+def by_block(model: Transformer, build, rows: set[int]) -> Transformer:
+    """The model, sharing all weights, with one compiled Block for all of its layers.
+
+    rows: of the passes that rounds make, each compiled by itself; the passes that read prompts are
+    compiled once for any number of rows.
+    """
+    def fixed(layer, *args):
+        return layer(*args)
+
+    def any_rows(layer, *args):
+        return layer(*args)
+
+    fixed, any_rows = build(fixed), build(any_rows)
+
+    def run(layer, x, pos, kv, rope, mask):
+        any_size(kv, 0)  # any span
+        any_size(mask, 1)
+        if x.shape[1] in rows:
+            return fixed(layer, x, pos, kv, rope, mask)
+        for t, dim in (x, 1), (pos, 0), (rope, 0), (mask, 0):
+            any_size(t, dim)
+        return any_rows(layer, x, pos, kv, rope, mask)
+
+    model = copy.copy(model)
+    model.run, model.kernel_rows = run, 0 if no_kernel(model) else FEW
+    return model
+
+
+def any_size(t: Tensor | None, dim: int):
+    """Let compiled code take any size of a dimension. Where it cannot, it is compiled for each."""
+    if t is not None:
+        torch._dynamo.maybe_mark_dynamic(t, dim)
+
+
+def of_whole(model: Transformer, call):
+    """A compiled call on the model itself, not on its `by_block`."""
+    def whole(_, *args):
+        for cache in args:
+            if isinstance(cache, Cache):
+                for t in *cache.kv, cache.rope:
+                    any_size(t, 0)
+        return call(model, *args)
+    return whole
+
+
+def in_groups(steps):
+    """`draft_steps` in groups of STEPS, each of which begins with reading the last two tokens."""
+    def grouped(model, cache, last, length, k, s, noise):
+        parts = []
+        for i in range(0, k, STEPS):
+            n = min(STEPS, k - i)
+            parts.append(steps(model, cache, last, length + i, n, s,
+                               None if noise is None else noise[i:i + n]))
+            last = torch.cat((last, parts[-1][0]))[-2:]
+        drafted, logits = zip(*parts)
+        return torch.cat(drafted), torch.cat(logits) if s.needs_draft_logits else None
+    return grouped
 
 
 class RecordedRounds:
-    """`play_round` as a CUDA graph for each span, recorded when the span first occurs."""
+    """`play_round` as a CUDA graph for each span, recorded when the span first occurs.
 
-    def __init__(self, play):
-        self.play, self.cache, self.graphs = play, None, {}
+    one: attention reads only the keys that there are, so a graph of the whole cache is enough.
+    """
+
+    def __init__(self, play, one=False):
+        self.play, self.one, self.cache, self.graphs = play, one, None, {}
 
     def __call__(self, e: Engine, span: int):
+        span = e.capacity if self.one else span
         if e.cache is not self.cache:  # the caches grew: the graphs point into the old ones
             self.cache, self.graphs = e.cache, {}
         if span not in self.graphs:
@@ -91,8 +188,13 @@ def warm_up(e: Engine, shortest: int, longest: int):
     """
     e.reserve(min(longest, e.context))
     random, k = e.rng.get_state(), e.speculate_k
-    e.tokens, e.read_len = [0, 0], 0
-    e.read(0)  # the first calls of a process are slow
+    e.read_len = 0
+    # One size of a prompt would do for what is compiled; cuDNN makes a plan for each.
+    sizes = PROMPTS if e.device.type == "cpu" else {*map(padded, range(1, longest + 1))}
+    for rows in sorted(sizes):
+        e.tokens = [0] * min(rows, longest, e.context)
+        e.next_token(e.target, e.read(0), e.settings, e.noise(1))
+    e.tokens = [0, 0]
     for span in sorted({e.span(n + k) for n in range(shortest, min(longest, e.context) + 1)}):
         for _ in range(2):
             e.set_state(k)

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save
 from torch import Tensor
 
-from common import UserError, open_weights, replacing
+from common import open_weights, refuse, write_tensors
 
 FORMAT = "1"
 SURE = 0.9  # kl: above this top-1 probability of the target only the standard test applies
@@ -32,11 +31,6 @@ class Verified(NamedTuple):
     drafted: Tensor  # int64 [K]
     draft_logits: Tensor | None = None  # [K, V or fewer], if needs_draft_logits or when sampling
     scores: Tensor | None = None  # [K]: the head's, where the rule needs_judge
-
-
-def nothing_more(v: Verified, _) -> Tensor:
-    """Accept nothing beyond the standard test."""
-    return torch.zeros_like(v.drafted, dtype=torch.bool)
 
 
 def topk(v: Verified, k: float) -> Tensor:
@@ -80,7 +74,7 @@ def above_threshold(scores: Tensor, threshold: float) -> Tensor:
 
 class Rule(NamedTuple):
     """A row of RULES. `accept(v, parameter)` -> bool [K], OR-ed with the standard test."""
-    accept: Callable[[Verified, float], Tensor]
+    accept: Callable = lambda v, _: torch.zeros_like(v.drafted, dtype=torch.bool)
     parameter: str = ""  # a letter for help and errors; "" without a parameter
     about: str = ""  # what is accepted and which parameters are valid
     valid: Callable[[float], bool] = lambda x: True
@@ -96,7 +90,7 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    "standard": Rule(nothing_more, about="the target's argmax; when sampling, rejection sampling"),
+    "standard": Rule(about="the target's argmax; when sampling, rejection sampling"),
     "topk": Rule(topk, "K", "one of the target's top K, a whole number from 1",
                  valid=lambda k: k >= 1 and k % 1 == 0),
     "typical": Rule(typical, "E", "typical acceptance with epsilon E, 0 < E < 1, default 0.09",
@@ -116,9 +110,13 @@ def accept_mask(passed: Tensor, v: Verified, accept: str, parameter: float | Non
 
 # ---------------------------------------------------------------- the standard test, sampling
 
-def top1_match(logits: Tensor, drafted: Tensor) -> Tensor:
-    """The greedy standard test: logits [K, V], drafted [K] -> bool [K]."""
-    return logits.argmax(-1) == drafted
+def top1(logits: Tensor) -> Tensor:
+    """argmax of [..., V]; in parts of 128, since a compiled argmax is one block of a GPU a row."""
+    if logits.shape[-1] % 128:
+        return logits.argmax(-1)
+    best, at = logits.unflatten(-1, (-1, 128)).max(-1)
+    part = best.argmax(-1, keepdim=True)
+    return (128 * part + at.gather(-1, part))[..., 0]
 
 
 def rejection_test(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Tensor:
@@ -188,12 +186,7 @@ class JudgeHead(nn.Module):
                     "threshold": repr(self.threshold)}
         if self.curve:
             metadata["curve"] = json.dumps(self.curve)
-        data = save({k: t.contiguous() for k, t in self.state_dict().items()}, metadata)
-        end = 8 + int.from_bytes(data[:8], "little")
-        # safetensors writes its header in random order
-        header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
-        with replacing(path) as tmp:
-            tmp.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
+        write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path, dim: int, target: str, target_name: str, parent: str | None = None):
@@ -204,17 +197,14 @@ class JudgeHead(nn.Module):
         """
         with open_weights(path) as f:
             meta = f.metadata() or {}
-            if meta.get("format") != FORMAT or sorted(f.keys()) != ["bias", "weight"]:
-                raise UserError(f"{path} is not a judge file of format {FORMAT}; make one with "
-                                "train_judge.py")
+            refuse((meta.get("format") != FORMAT or sorted(f.keys()) != ["bias", "weight"],
+                    f"{path} is not a judge file of format {FORMAT}; make one with train_judge.py"))
             curve = tuple(map(tuple, json.loads(meta.get("curve", "[]"))))
             head = cls(f.get_tensor("weight"), f.get_tensor("bias"), float(meta["threshold"]),
                        meta["target"], curve)
         advice = "train one for this target with train_judge.py"
-        if head.weight.shape != (1, dim):
-            raise UserError(f"judge {path} is for a target of width {head.weight.shape[-1]}, but "
-                            f"{target_name} has width {dim}; {advice}")
-        if head.target not in (target, parent):
-            raise UserError(f"judge {path} was trained on target {head.target}, but {target_name} "
-                            f"is {target}; {advice}")
+        refuse((head.weight.shape != (1, dim), f"judge {path} is for a target of width "
+                f"{head.weight.shape[-1]}, but {target_name} has width {dim}; {advice}"),
+               (head.target not in (target, parent), f"judge {path} was trained on target "
+                f"{head.target}, but {target_name} is {target}; {advice}"))
         return head

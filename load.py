@@ -14,7 +14,7 @@ import checkpoint
 import tp
 from common import UserError, file_hash, refuse
 from engine import SPAN
-from judge import RULES, JudgeHead, Rule, nothing_more
+from judge import RULES, JudgeHead, Rule
 from model import DTYPES, ModelConfig, Transformer
 from ranks import all_reduce, job
 from ranks.job import world
@@ -84,7 +84,7 @@ def parse_rule(text: str, plain=(), threshold: float | None = None) -> tuple[str
     listing the rules.
     """
     name, colon, value = text.partition(":")
-    rule = Rule(nothing_more) if name in plain else RULES.get(name)
+    rule = Rule() if name in plain else RULES.get(name)
     try:
         if rule is None or colon and threshold is not None:
             raise ValueError

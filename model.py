@@ -84,9 +84,10 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
         q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         kv.index_copy_(0, pos, torch.stack((k, v)).permute(2, 0, 1, 3, 4))
+        if mask is None:
+            return self.wo(torch.ops.judge.attention(q, kv, pos))  # gpu_kernels/attention.py
         k, v = kv.permute(1, 2, 3, 0, 4)
-        # The query heads that share a KV head become more rows of one head: the cache is never
-        # repeated.
+        # Query heads that share a KV head become rows of one head: the cache is never repeated.
         q = q.transpose(1, 2).reshape(B, self.n_kv_head, -1, self.head_dim)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.reshape(B, self.n_head, S, self.head_dim).transpose(1, 2)
@@ -96,8 +97,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        # gate and up projection in one
-        self.w13 = linear(c.quantization, c.dim, 2 * c.ffn_dim, bias=c.mlp_bias)
+        self.w13 = linear(c.quantization, c.dim, 2 * c.ffn_dim, bias=c.mlp_bias)  # gate, up
         self.w2 = linear(c.quantization, c.ffn_dim, c.dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +121,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`features` then `output`; `forward` is both. All state is in the cache they are given."""
     agree = staticmethod(lambda t: t)  # of several ranks (tp.py): rank 0's t for all, in place
+    run = staticmethod(lambda layer, *args: layer(*args))  # graphs.py: a compiled Block
+    kernel_rows = 0  # graphs.py: up to so many, attention is a Triton kernel's and needs no mask
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -147,12 +149,12 @@ class Transformer(nn.Module):
         tokens [B, S] stand at positions pos [S] and are written to the cache there. Attention costs
         as much as the cache is long: give it `cache.first(span)`.
         """
-        rope = cache.rope[pos]
-        mask = torch.arange(len(cache.rope), device=pos.device) <= pos[:, None]
-        mask = mask.repeat(self.config.n_head // self.config.n_kv_head, 1)
-        x = self.embed(tokens)
+        x, rope, mask = self.embed(tokens), cache.rope[pos], None
+        if len(pos) > self.kernel_rows:
+            mask = torch.arange(len(cache.rope), device=pos.device) <= pos[:, None]
+            mask = mask.repeat(self.config.n_head // self.config.n_kv_head, 1)
         for layer, kv in zip(self.layers, cache.kv):
-            x = layer(x, pos, kv, rope, mask)
+            x = self.run(layer, x, pos, kv, rope, mask)
         return self.norm(x)
 
     def forward(self, tokens: Tensor, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, json_lines
-from judge import RULES, Verified, accept_mask, top1_match
+from judge import RULES, Verified, accept_mask, top1
 from load import Loaded, parse_rule
 
 
@@ -92,7 +92,7 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
         v = Verified(logits, hidden, torch.tensor(after, device=device),
                      read_once(models.draft, ids, n)[0][:, :columns] if comparing else None,
                      head(hidden) if head else None)
-        passed = top1_match(v.logits, v.drafted)
+        passed = top1(v.logits) == v.drafted
         for rule, (name, parameter) in parsed.items():
             mask = accept_mask(passed, v, name, parameter).tolist()
             rounds[rule] += replay_rounds(mask, k)

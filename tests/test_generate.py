@@ -337,7 +337,7 @@ def test_sampled_judge_accepts_standard_or_judge():
 def test_rules_by_hand():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 5.0, 1.0]])
     drafted = torch.tensor([1, 2, 3])
-    assert judge.top1_match(logits, drafted).tolist() == [True, False, False]
+    assert (judge.top1(logits) == drafted).tolist() == [True, False, False]
     assert judge.topk(Verified(logits, None, drafted), 1).tolist() == [True, False, False]
     assert judge.topk(Verified(logits, None, drafted), 2).tolist() == [True, False, True]
     assert judge.topk(Verified(logits, None, drafted), 3).tolist() == [True, True, True]
