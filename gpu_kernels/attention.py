@@ -13,12 +13,13 @@ from torch import Tensor
 
 # Two for each of an H100's 132 processors: one computes while the other waits for its keys.
 PROGRAMS = 264
-# A tile of rows, keys or values is BLOCK positions long and at most TILE_BYTES large. 64 rows are
-# the least that Hopper's wgmma takes, and 208 rows (26 of 8 heads) fill 4 of them to 81%. 64 keys
-# make 4 splits of 256 positions, each of one step. With two stages of keys and values a program
-# needs 96 KB, so two fit an H100's processor (227 KB) and 64 KB are on their way from memory, twice
-# what hides its latency; consumer cards (99 KB) hold one.
-BLOCK, TILE_BYTES, STAGES, WARPS = 64, 16384, 2, 4
+# A tile of rows, keys or values is 128 bytes of positions (64 in bfloat16) and at most TILE_BYTES.
+# 64 rows are the least that Hopper's wgmma takes; 208 rows (26 of 8 heads) fill 81% of 4 such
+# tiles. Blocks of 64 keys make 4 splits of 256 positions, each of one step. Of three stages one is
+# computed while the next comes: 2 x 32 KB a processor, twice what hides the memory's latency. That
+# takes 112 KB with wgmma, so that two programs fit an H100's 228, and 90 KB without, of 99 on
+# consumer GPUs.
+POSITION_BYTES, TILE_BYTES, STAGES, WARPS = 128, 16384, 3, 4
 CHUNK = 16  # splits added up at a time by the second kernel
 LEAST = tl.constexpr(-1e38)  # instead of -inf for the maximum of no keys: -inf - -inf is NaN
 
@@ -38,12 +39,12 @@ def split_kernel(q_ptr, kv_ptr, pos_ptr, y_ptr, top_ptr, total_ptr, S, scale, q_
     split, b, h = tl.program_id(1), tl.program_id(2) // H, tl.program_id(2) % H
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     s, head, n, d = row // G, h * G + row % G, tl.arange(0, BLOCK_N), tl.arange(0, D)
-    first, keys, each = spans(pos_ptr, S, SPLITS, BLOCK_N)
-    if split * each >= keys:
-        return
     real = s[:, None] < S
     q = tl.load(q_ptr + b * q_b + s[:, None] * q_s + head[:, None] * q_h + d[None, :], mask=real,
                 other=0)
+    first, keys, each = spans(pos_ptr, S, SPLITS, BLOCK_N)
+    if split * each >= keys:  # after q is loaded: its latency and the position's are one
+        return
     top = tl.full((BLOCK_M,), LEAST, tl.float32)
     total, y = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
     # The position's offset in 64 bits: 128k positions of 8 heads of 128 come near 2**31 bytes.
@@ -94,23 +95,28 @@ def combine_kernel(parts_ptr, top_ptr, total_ptr, pos_ptr, y_ptr, S, D: tl.const
 
 def block(head_dim: int, dtype: torch.dtype) -> int:
     """Positions of a full tile, rows or keys; 16 is the least that tl.dot takes."""
-    return max(16, min(BLOCK, TILE_BYTES // (head_dim * dtype.itemsize)))
+    return max(16, min(POSITION_BYTES, TILE_BYTES // head_dim) // dtype.itemsize)
 
 
 def unavailable(device, head_dim: int, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run there, in words; None where they can."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        return f"it needs a CUDA device, not {device}"
+        return f"Triton attention needs a CUDA device, not {device}"
     if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"its tiles need a head_dim that is a power of two from 16, not {head_dim}"
-    if (at := torch.cuda.get_device_capability(device)) < (8, 0):
-        return f"it needs compute capability 8.0 or better, this GPU has {at[0]}.{at[1]}"
-    tile = block(head_dim, dtype) * head_dim * dtype.itemsize
-    # keys and values of each stage, the queries, and scores that change from one layout to another
-    need = (2 * STAGES + 1) * tile + 4 * block(head_dim, dtype) ** 2
+        return f"Triton attention needs a head_dim that is a power of two from 16, not {head_dim}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return ("Triton attention needs a GPU of compute capability 8.0 or better, this one has "
+                f"{major}.{minor}")
+    n = block(head_dim, dtype)
+    # Keys and values of each stage, of which one is in registers where there is no wgmma or its
+    # like; queries; scores that change from one layout to another; sums across warps.
+    tiles = 2 * (STAGES if major in (9, 10) else STAGES - 1) + 1
+    need = tiles * n * head_dim * dtype.itemsize + 4 * n * n + 1024
     has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     if need > has:
-        return f"its tiles need {need >> 10} KB of shared memory, this GPU has {has >> 10}"
+        return (f"Triton attention needs {-(-need // 1024)} KB of shared memory a block for a "
+                f"head_dim of {head_dim} in {dtype}, this GPU has {has // 1024}")
 
 
 @torch.library.custom_op("judge::attention", mutates_args=())
