@@ -47,7 +47,7 @@ def split_kernel(q_ptr, kv_ptr, pos_ptr, y_ptr, top_ptr, total_ptr, S, scale, q_
         return
     top = tl.full((BLOCK_M,), LEAST, tl.float32)
     total, y = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, D), tl.float32)
-    # The position's offset in 64 bits: 128k positions of 8 heads of 128 come near 2**31 bytes.
+    # 64 bits: a million positions of 8 heads of 128 are 2 ** 31 elements.
     start = split * each
     block = kv_ptr + start.to(tl.int64) * kv_n + b * kv_b + h * kv_h
     inside = n[:, None] * kv_n + d[None, :]

@@ -208,25 +208,36 @@ def check_compiled():
 
 
 def check_loads():
-    """Each row block reads every key and value that exists once, whatever the splits."""
+    """Each row block reads every key and value that exists once, and splits without any do nothing.
+    """
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
-    load, read = InterpreterBuilder.create_masked_load, []
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    read, written = [], []
 
     def recording_load(self, ptrs, mask, *rest, **options):
         read.append(ptrs.data[mask.data])
         return load(self, ptrs, mask, *rest, **options)
 
+    def counting_store(self, ptrs, value, mask, *rest):
+        written.append(int(mask.data.sum()))
+        return store(self, ptrs, value, mask, *rest)
+
     InterpreterBuilder.create_masked_load = recording_load
+    InterpreterBuilder.create_masked_store = counting_store
     for rows, G, keys, splits in ((1, 4, 1, 3), (1, 4, 63, 3), (2, 3, 64, 2), (2, 3, 65, 2),
                                   (26, 3, 129, 1), (22, 3, 200, 3), (1, 1, 300, 10)):
         q, kv, pos = case(rows, G, 64, keys, torch.float16, H=2, length=1000)
-        read.clear()
+        read.clear(), written.clear()
         attend(q, kv, pos, splits)
         at = np.concatenate([a.ravel() for a in read]).astype(np.int64) - kv.data_ptr()
         at, times = np.unique(at[(at >= 0) & (at < kv.nbytes)], return_counts=True)
         assert np.array_equal(at, 2 * np.arange(kv[:keys].numel())), (rows, keys, splits)
         assert (times == -(-rows * G // 64)).all(), (rows, keys, splits, times)
+        blocks = -(-keys // 64)  # of keys; the splits with any share them as evenly as they can
+        used = -(-blocks // -(-blocks // splits))
+        parts = used * (64 + 2) if splits > 1 else 0
+        assert sum(written) == rows * G * 2 * (parts + 64), (rows, keys, splits)
 
 
 def check_recorded():
