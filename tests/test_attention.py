@@ -33,11 +33,13 @@ def run_check(name, interpret=not GPU):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows_and_heads", "edges", "strides", "compiled"])
 def test_attention(name):
     run_check(name)
 
 
+@pytest.mark.slow
 def test_reads_each_key_once_and_none_beyond_the_position():
     run_check("loads", interpret=True)
 
