@@ -59,15 +59,21 @@ def simulated_rows(simulated: dict, ks: list[int]) -> list[list[str]]:
 
 
 def real_rows(real: dict) -> list[list[str]]:
-    rows = [["variant", "tokens/s", "speed-up", "without prefill", "accepted per round",
-             "same text as target"]]
+    rows = [["variant", "tokens/s", "speed-up", "without prefill", "first token, ms",
+             "accepted per round", "same text as target"]]
     shown = lambda x, form: "–" if x is None else form.format(x)
     for v in real["variants"]:
         rows.append([v["variant"], f"{v['tokens_per_sec']:.1f}", f"{v['speed_up']:.2f}x",
                      shown(v["tokens_per_sec_of_rounds"], "{:.1f}"),
-                     shown(v["mean_accepted"], "{:.2f}"),
+                     shown(v["first_token_ms"], "{:.1f}"), shown(v["mean_accepted"], "{:.2f}"),
                      f"{v['same_tokens_as_target']}/{real['prompts']}"])
     return rows
+
+
+def first_token_rows(first: list[dict]) -> list[list[str]]:
+    return [["time to first token, ms", "target alone", "with the draft"],
+            *([f"prompt of {f['prompt_tokens']} tokens", f"{f['target_ms']:.1f}",
+               f"{f['with_draft_ms']:.1f}"] for f in first)]
 
 
 def report(r: dict) -> str:
@@ -77,11 +83,13 @@ def report(r: dict) -> str:
              f"medians of {r['repeats']} repeats"]
     lines += [model_line(flag, r[flag], r["ranks"]) for flag in ("target", "draft")]
     where = "the device" if r["ranks"] == 1 else "all ranks together"
-    lines += [f"read bandwidth of {where} {r['bandwidth_gb_per_sec']:,.0f} GB/s", "",
+    lines += [f"read bandwidth of {where} {r['bandwidth_gb_per_sec']:,.0f} GB/s",
+              f"attention: {r['attention']}", "",
               grid(pass_rows(r["passes"])),
               *(collectives_lines(r["collectives"], r["ranks"]) if r["collectives"] else ()),
               f"judge, in a pass of {j['rows']} rows: {j['ms_cost']:+.3f} ms (paired; "
               f"{j['ms_with']:.3f} with, {j['ms_without']:.3f} without)", "",
+              grid(first_token_rows(r["first_token"])), "",
               f"tokens/s (drafted tokens accepted per round), {SIMULATED}; * the best K; target "
               f"alone {simulated['target_tokens_per_sec']:.1f}",
               grid(simulated_rows(simulated, r["speculate_k"]))]

@@ -1,6 +1,8 @@
 """Our weights as a transformers model, to run Hugging Face's `generate` as it ships (eager, dynamic
 cache) beside ours. For benchmark.py and tests; needs transformers.
 """
+import contextlib
+
 import torch
 import transformers
 
@@ -36,9 +38,22 @@ def to_hf(model: Transformer, config: dict, vocab_size: int | None = None):
     return theirs.requires_grad_(False).eval()
 
 
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """PyTorch's attention without cuDNN's, which makes a plan for every length, tens of
+    milliseconds each, and transformers' cache grows by a position a token.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def calls(target: Transformer, draft: Transformer, configs: list[dict], speculate_k: list[int],
           max_new_tokens: int, eos_ids) -> dict:
-    """Variant -> a function of a prompt's ids that gives (new tokens, None, None).
+    """Variant -> a function of a prompt's ids that gives the new tokens.
 
     Alone, and assisted with the same constant K; a text ends where ours does.
     """
@@ -53,9 +68,10 @@ def calls(target: Transformer, draft: Transformer, configs: list[dict], speculat
             settings.num_assistant_tokens_schedule = "constant"
             more = {"assistant_model": assistant}
         more |= {"eos_token_id": list(eos_ids)} if eos_ids else {}
-        out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                              max_new_tokens=max_new_tokens, pad_token_id=0, **more)
-        return out[0, len(prompt):].tolist(), None, None
+        with without_cudnn_attention():
+            out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                  max_new_tokens=max_new_tokens, pad_token_id=0, **more)
+        return out[0, len(prompt):].tolist()
 
     return {"hf target": lambda prompt: call(prompt, 0)} | {
         f"hf assisted K={k}": lambda prompt, k=k: call(prompt, k) for k in speculate_k}

@@ -15,12 +15,19 @@ import pytest
 import torch
 
 import benchmark as B
+import graphs
 from common import UserError
 from engine import Engine, generate
 from evaluation import dummy as D
-from evaluation import hf_peer
+from evaluation import hf_peer, timing
+from evaluation import real as R
+from evaluation import simulated as S
+from evaluation.passes import first_token
+from evaluation.timing import engine_on
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
+from model import Transformer
+from ranks.memory import RESERVED, needed
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -43,7 +50,8 @@ def dummy(tmp_path):
 def test_dummy_weights_give_tables_json_and_a_plot(dummy, tmp_path, capsys):
     out, png = tmp_path / "out.json", tmp_path / "out.png"
     B.main([*dummy, "--repeats", "2", "--max_new_tokens", "24", "--speculate_k", "2,6",
-            "--accepted", "1,3,6", "--json", str(out), "--plot", str(png)])
+            "--accepted", "1,3,6", "--rows", "3,70", "--prompt_tokens", "9,300", "--json", str(out),
+            "--plot", str(png)])
     r, text = json.loads(out.read_text()), capsys.readouterr().out
     assert r["target"]["weights"] == r["draft"]["weights"] == "dummy" and r[
         "real"] is None and "real acceptance" not in text
@@ -51,7 +59,7 @@ def test_dummy_weights_give_tables_json_and_a_plot(dummy, tmp_path, capsys):
         "target"]["parameters"]
     assert 0 < r["bandwidth_gb_per_sec"] < 5000
     passes = r["passes"]
-    assert [v["rows"] for v in passes["verify"]] == [1, 2, 4, 7, 8, 16, 32, 64]
+    assert [v["rows"] for v in passes["verify"]] == [1, 3, 7, 70]  # 1 and K + 1 in any case
     for e in [*passes["verify"], *passes["decode"].values()]:
         assert e["ms"] > 0 and 0 < e["fraction_of_bandwidth"] < 10
         assert e["fraction_of_bandwidth"] == pytest.approx(e["bytes"] / (e["ms"] / 1e3)
@@ -63,6 +71,10 @@ def test_dummy_weights_give_tables_json_and_a_plot(dummy, tmp_path, capsys):
     assert passes["judge"]["rows"] == 7 and {"ms_with", "ms_without",
                                              "ms_cost"} < passes["judge"].keys()
 
+    assert [f["prompt_tokens"] for f in r["first_token"]] == [9, 300]
+    for name in ("target_ms", "with_draft_ms"):  # 300 tokens, read in full each time
+        assert 0 < r["first_token"][0][name] < r["first_token"][1][name]
+
     s = r["simulated"]
     assert s["label"] == "simulated acceptance" and len(s["points"]) == 6 and s[
         "target_tokens_per_sec"] > 0
@@ -71,14 +83,15 @@ def test_dummy_weights_give_tables_json_and_a_plot(dummy, tmp_path, capsys):
         assert p["tokens_per_sec"] == pytest.approx(p["tokens"]
                                                     / (p["rounds"] * p["round_ms"] / 1e3))
         assert p["speed_up"] == pytest.approx(p["tokens_per_sec"] / s["target_tokens_per_sec"])
-        assert p["mean_accepted"] == pytest.approx(B.mean_run(p["rate"], p["speculate_k"]), abs=0.5)
+        assert p["mean_accepted"] == pytest.approx(S.mean_run(p["rate"], p["speculate_k"]), abs=0.5)
     assert s["points"][-1]["mean_accepted"] == 6  # all of K
     for best in s["best"]:
         assert best["tokens_per_sec"] == max(p["tokens_per_sec"] for p in s["points"] if p["rate"]
                                              == best["rate"])
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 10_000
     assert all("simulated acceptance" in line for line in text.splitlines() if "tokens/s" in line)
-    for shown in ("target, verify 64 rows", "judge, in a pass of 7 rows", "read bandwidth"):
+    for shown in ("target, verify 70 rows", "judge, in a pass of 7 rows", "read bandwidth",
+                  "\nattention: scaled_dot_product_attention\n", "\nprompt of 300 tokens  "):
         assert shown in text
 
 
@@ -86,25 +99,46 @@ def test_rates_and_runs():
     rng = random.Random(0)
     for k, rate in ((1, 0.5), (4, 0.9), (16, 0.7)):
         runs = [next((i for i in range(k) if rng.random() >= rate), k) for _ in range(20_000)]
-        assert B.mean_run(rate, k) == pytest.approx(mean(runs), rel=0.03)
-        assert B.rate_for(B.mean_run(rate, k), k) == pytest.approx(rate)
-        drawn = B.draw_runs(rate, k, 2_000)
-        assert mean(drawn) == pytest.approx(B.mean_run(rate, k), rel=0.01)
+        assert S.mean_run(rate, k) == pytest.approx(mean(runs), rel=0.03)
+        assert S.rate_for(S.mean_run(rate, k), k) == pytest.approx(rate)
+        drawn = S.draw_runs(rate, k, 2_000)
+        assert mean(drawn) == pytest.approx(S.mean_run(rate, k), rel=0.01)
         # the distribution, not only its mean
         assert drawn.count(k) / 2_000 == pytest.approx(runs.count(k) / 20_000, abs=0.02)
-    assert B.rate_for(19.7, 32) == pytest.approx(0.9685, abs=1e-3) and B.draw_runs(1.0, 5, 3) == [
+    assert S.rate_for(19.7, 32) == pytest.approx(0.9685, abs=1e-3) and S.draw_runs(1.0, 5, 3) == [
         5, 5, 5]
 
 
+class Recording:
+    """`graphs.record` on a CPU: two calls that are undone; each replay is a call."""
+    spans = 0
+
+    def __call__(self, call, changes=(), rng=None):
+        self.spans += 1
+        before = [t.clone() for t in changes]
+        for _ in range(2):
+            call()
+            for t, value in zip(changes, before):
+                t.copy_(value)
+        return SimpleNamespace(replay=call)
+
+
+@pytest.mark.parametrize("played", ["eager", "recorded"])
 @pytest.mark.parametrize("k", [1, 3, 8])
-def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k):
+def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k, played, monkeypatch):
     target, draft = random_model(CONFIG, seed=1), random_model(SMALL, seed=2)
     caches = {m: m.new_cache(256) for m in (target, draft)}
     head = JudgeHead(torch.randn(1, 64), torch.zeros(1), 0.5, "")
-    engine = B.engine_on(caches, target, draft, head, "judge", k)
+    engine = engine_on(caches, target, draft, head, "judge", k=k)
     counts = [0, k, 1, k, 0, 0, k - 1, k]
-    prompt = list(range(3, 23))
-    assert B.play(engine, prompt, counts, B.simulate(engine)) > 0
+    prompt, tell = list(range(3, 23)), S.simulate(engine)
+    if played == "recorded":
+        monkeypatch.setattr(graphs, "record", recording := Recording())
+        engine.play = graphs.RecordedRounds(engine.play)
+        S.play(engine, prompt, counts[::-1], tell)  # its first round is recorded, after two more
+        graphs.warm_up(engine, 1, 2)
+    assert S.play(engine, prompt, counts, tell) > 0
+    assert played == "eager" or recording.spans > 0
     assert len(engine.tokens) == len(prompt) + 1 + sum(counts) + len(counts)
     # and not one token more was left to keep
     assert torch.cat(engine.state).tolist() == [*engine.tokens[-2:], len(engine.tokens), -1]
@@ -115,6 +149,92 @@ def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k):
             model(torch.tensor([engine.tokens[:length]]), torch.arange(length), fresh)
             torch.testing.assert_close(caches[model].first(length).kv, fresh.kv, atol=1e-5,
                                        rtol=1e-4)
+
+
+def test_the_first_token_is_timed_from_the_start_of_a_prompt_that_is_read_in_full(monkeypatch):
+    model, clock, read = random_model(CONFIG), [0.0], []
+    e = engine_on({model: model.new_cache(256)}, model)
+    prefill, play_round, read_all = e.prefill, e.round, e.read
+    later = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    monkeypatch.setattr(R, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    e.read = lambda start: (read.append(len(e.tokens) - start), read_all(start))[1]
+    e.prefill = lambda *args: (later(3), prefill(*args))[1]
+    e.round = lambda: (later(1), play_round())[1]
+    prompt = list(range(3, 40))
+    runs = [R.ours(e, prompt, 5, ()) for _ in range(2)]
+    assert [run.first_token_ms for run in runs] == [3000, 3000] and clock == [2 * (3 + 4)]
+    first = first_token(e, 100)
+    with torch.inference_mode():
+        assert first() == first()
+    assert read == [37, 37, 100, 100]
+
+
+def test_nobody_pays_on_a_prompt_for_what_the_others_reuse(monkeypatch):
+    """The first call that meets a prompt is slow, whoever makes it, as with cuDNN's plans."""
+    clock, met = [0.0], []
+    fake = SimpleNamespace(perf_counter=lambda: clock[0])
+    for module in (R, timing):
+        monkeypatch.setattr(module, "time", fake)
+
+    def call(prompt, seconds):
+        clock[0] += seconds if prompt in met else 100
+        met.append(prompt)
+        return R.Run([1] * 10, first_token_ms=seconds)
+
+    calls = {"target": lambda prompt: call(prompt, 2), "judge K=4": lambda prompt: call(prompt, 1)}
+    rows = R.in_turns(calls, ["a", "b", "c"], "cpu")
+    assert [[seconds for seconds, _ in row] for row in rows.values()] == [[2, 2, 2], [1, 1, 1]]
+    assert met == [p for p in "abc" for _ in range(4)]
+    v = R.variant("judge K=4", rows["judge K=4"], rows["target"])
+    assert (v["speed_up"], v["tokens_per_sec"], v["first_token_ms"]) == (2, 10, 1)
+
+
+def test_the_peer_runs_without_cudnns_attention(monkeypatch):
+    """cuDNN plans for each length, and the peer's cache grows by a token a pass."""
+    seen, enabled = [], torch.backends.cuda.cudnn_sdp_enabled
+    models = random_model(CONFIG), random_model(SMALL)
+    calls = hf_peer.calls(*models, [CONFIG, SMALL], [2], 4, ())
+    forward = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **more: (
+        seen.append(enabled()), forward(*a, **more))[1])
+    before = enabled()
+    try:
+        for setting in (True, False):
+            torch.backends.cuda.enable_cudnn_sdp(setting)
+            for call in calls.values():
+                assert len(call([5, 6, 7])) == 4
+                assert enabled() == setting
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+    assert len(seen) > 20 and not any(seen)
+
+
+def test_the_memory_of_a_prompt_that_widens_int8_weights_is_counted(tmp_path, monkeypatch):
+    """On a GPU, where up to 64 rows are read without widening: 70B's w13 takes 0.9 GB."""
+    def check(models, positions, rows, device, caches, advice, **reading):
+        parts.update(needed(models, positions, rows, 1, "cuda", caches, **reading))
+        raise UserError("enough")
+
+    parts, w13 = {}, 2 * 28672 * 8192 * 2  # bytes in bfloat16
+    monkeypatch.setattr(B, "check_memory", check)
+    flags = ["--target_quant", "int8", "--device", "cpu", "--dtype", "bfloat16"]
+    for flag, size in (("target", "70b"), ("draft", "8b")):  # loading 128256 rows would take more
+        path = tmp_path / f"{flag}.json"
+        path.write_text(json.dumps(D.PRESETS[f"llama-3.1-{size}"] | {"vocab_size": 4096}))
+        flags += [f"--{flag}", str(path)]
+    with pytest.raises(UserError, match="^enough$"):
+        B.main(flags)
+    assert w13 < parts["workspace"] - RESERVED < 1.3 * w13
+    assert parts["caches"] == pytest.approx(1024 * 4 * (80 * 8 + 32 * 8) * 128, rel=1e-2)
+
+
+def test_the_attention_that_runs_is_said(dummy, monkeypatch, capsys):
+    monkeypatch.setattr(Transformer, "attention_name", "another one", raising=False)
+    r = B.main([*dummy, "--repeats", "1", "--max_new_tokens", "4", "--speculate_k", "1", "--rows",
+                "1"])
+    assert r["attention"] == "another one"
+    assert "\nattention: another one\n" in capsys.readouterr().out
+    assert [f["prompt_tokens"] for f in r["first_token"]] == [64]  # 512 would not fit the context
 
 
 @pytest.mark.parametrize("name, parameters",
@@ -171,7 +291,7 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
     prompts = [list(range(3, 20)), list(range(40, 50))]
     yes = JudgeHead(torch.zeros(1, 64), torch.tensor([9.0]), 0.5, "")
     caches = {m: m.new_cache(256) for m in models}
-    measure = lambda eos_ids: B.measure_real(args, *models, yes, caches, prompts, eos_ids)
+    measure = lambda eos_ids: R.measure_real(args, *models, yes, caches, prompts, eos_ids)
     r = {v["variant"]: v for v in measure(())["variants"]}
     assert list(r) == ["target", "standard K=1", "judge K=1", "standard K=5", "judge K=5",
                        "hf target", "hf assisted K=1", "hf assisted K=5"]
@@ -202,6 +322,9 @@ def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
     assert list(variants) == ["target", "standard K=3", "judge K=3", "hf target", "hf assisted K=3"]
     assert all(v["same_tokens_as_target"] == 1 for name, v in variants.items()
                if "judge" not in name)
+    assert [v["first_token_ms"] is None for v in variants.values()] == [False] * 3 + [True] * 2
+    for v in r["real"]["variants"][:3]:  # less than the whole text took
+        assert 0 < v["first_token_ms"] < 1e3 * len(v["tokens"][0]) / v["tokens_per_sec"]
     assert r["target"]["weights"] == "real"
     text = capsys.readouterr().out
     assert "real acceptance, 1 prompts" in text and "simulated acceptance" in text
@@ -213,6 +336,12 @@ def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
     (["--draft", "llama-3.2-1b"], "vocabulary of 128256 tokens, target .* one of 101"),
     (["--speculate_k", "4,x"], "--speculate_k 4,x: give numbers"),
     (["--speculate_k", "0,4"], "--speculate_k 0"),
+    (["--rows", "0,4"], "--rows 0: it must be at least 1"),
+    (["--rows", "2,"], "--rows 2,: give numbers"),
+    (["--rows", "400"], "context of 512 tokens is too short for 528; lower .*--rows"),
+    (["--prompt_tokens", "-3"], "--prompt_tokens -3: it must be at least 1"),
+    (["--prompt_tokens", "64,511"], "context of 512 tokens is too short for 513; lower .*or "
+     "--prompt_tokens"),
     (["--accepted", "2,40"], "at most the largest K, 32"),
     (["--max_new_tokens", "600"], "context of 512 tokens is too short"),
     (["--repeats", "0"], "--repeats is 0"),

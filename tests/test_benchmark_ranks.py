@@ -7,6 +7,7 @@ import torch
 import benchmark as B
 from common import UserError
 from evaluation import dummy as D
+from evaluation import timing
 from helpers import ROOT, tiny_config
 from ranks import job
 from test_tp import torchrun
@@ -147,10 +148,10 @@ def test_dummy_weights_take_rank_0s_decisions(monkeypatch):
 def test_ranks_start_each_block_together_and_add_up_their_bandwidth(monkeypatch):
     events, own = [], []
     monkeypatch.setattr(job, "wait_for_all", lambda: events.append("meet"))
-    B.interleaved({name: lambda name=name: events.append(name) for name in "ab"}, 2, "cpu")
-    assert events == 3 * ["meet", *B.LOOPS * "a", "meet", *B.LOOPS * "b"]
+    timing.interleaved({name: lambda name=name: events.append(name) for name in "ab"}, 2, "cpu")
+    assert events == 3 * ["meet", *timing.LOOPS * "a", "meet", *timing.LOOPS * "b"]
     monkeypatch.setattr(job, "of_all_ranks", lambda x: own.append(x) or [x, 2 * x])
-    assert B.bandwidth("cpu", 1) == 3 * own[0] > 0
+    assert timing.bandwidth("cpu", 1) == 3 * own[0] > 0
 
 
 # ---------------------------------------------------------------- which all-reduce
