@@ -27,7 +27,7 @@ from evaluation.real import measure_real
 from evaluation.simulated import PROMPT, measure_simulated
 from evaluation.timing import bandwidth, on_gpu
 from judge import RULES, JudgeHead
-from linear import MODES
+from linear import MODES, product_path
 from load import (
     add_device_flags,
     check_draft,
@@ -189,7 +189,10 @@ def main(argv=None):
         f"CPU, {torch.get_num_threads()} threads", "ranks": job.world(),
         "torch": torch.__version__, "compile": args.compile, "repeats": args.repeats,
         "speculate_k": args.speculate_k, **models, "bandwidth_gb_per_sec": read / 1e9,
-        "attention": attention_name(target), "passes": passes,
+        "attention": attention_name(args, target),
+        "products": {flag: {rows: product_path(model, rows, dtype) for rows in (1, most + 1)}
+                     for (flag, (_, dtype)), model in zip(sources.items(), (target, draft))},
+        "passes": passes,
         "first_token": measure_first_token(args, target, draft, caches),
         "collectives": collectives.measure(args, configs[0], passes["verify"]),
         "simulated": measure_simulated(args, target, draft, dummy, caches),

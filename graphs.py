@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from common import UserError
-from engine import Engine, LlamaDrafter, decide, draft_steps, next_token, padded, verify_and_accept
+from engine import (
+    PREFILL_CHUNK,
+    Engine,
+    LlamaDrafter,
+    decide,
+    draft_steps,
+    next_token,
+    padded,
+    verify_and_accept,
+)
 from linear import FEW
 from model import Cache, Transformer
 
@@ -190,7 +199,8 @@ def warm_up(e: Engine, shortest: int, longest: int):
     random, k = e.rng.get_state(), e.speculate_k
     e.read_len = 0
     # One size of a prompt would do for what is compiled; cuDNN makes a plan for each.
-    sizes = PROMPTS if e.device.type == "cpu" else {*map(padded, range(1, longest + 1))}
+    sizes = PROMPTS if e.device.type == "cpu" else {
+        *map(padded, range(1, min(longest, PREFILL_CHUNK) + 1))}
     for rows in sorted(sizes):
         e.tokens = [0] * min(rows, longest, e.context)
         e.next_token(e.target, e.read(0), e.settings, e.noise(1))

@@ -470,7 +470,7 @@ def prepare(model: nn.Module, dtype: torch.dtype):
             module.prepare(dtype)
 
 
-def path(model: nn.Module, rows: int, dtype: torch.dtype) -> str:
+def product_path(model: nn.Module, rows: int, dtype: torch.dtype) -> str:
     """What multiplies `rows` rows by the layers of a prepared model, in words."""
     layer = next((m for m in model.modules() if isinstance(m, QuantizedLinear)), None)
     if layer is None:

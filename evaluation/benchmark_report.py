@@ -84,7 +84,10 @@ def report(r: dict) -> str:
     lines += [model_line(flag, r[flag], r["ranks"]) for flag in ("target", "draft")]
     where = "the device" if r["ranks"] == 1 else "all ranks together"
     lines += [f"read bandwidth of {where} {r['bandwidth_gb_per_sec']:,.0f} GB/s",
-              f"attention: {r['attention']}", "",
+              f"attention: {r['attention']}",
+              *(f"products of {flag}: " + "; ".join(f"{n} row{'s' * (n > 1)}: {how}"
+                                                    for n, how in r["products"][flag].items())
+                for flag in ("target", "draft") if r[flag]["quant"]), "",
               grid(pass_rows(r["passes"])),
               *(collectives_lines(r["collectives"], r["ranks"]) if r["collectives"] else ()),
               f"judge, in a pass of {j['rows']} rows: {j['ms_cost']:+.3f} ms (paired; "

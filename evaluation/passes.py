@@ -5,9 +5,11 @@ from statistics import median
 
 import torch
 
+import graphs
 from engine import Engine, State, power_of_two
 from evaluation.timing import compiled, engine_on, interleaved, random_prompt, recorded
 from judge import JudgeHead
+from linear import FEW
 from model import Transformer
 from ranks import job
 from tp import size
@@ -15,9 +17,10 @@ from tp import size
 PAIRS = 10  # times as many repeats for the judge's cost, which is small beside a pass
 
 
-def attention_name(model: Transformer) -> str:
-    """Which attention a model's passes run."""
-    return getattr(model, "attention_name", "scaled_dot_product_attention")
+def attention_name(args, model: Transformer) -> str:
+    """Which attention a model's passes run, and why, in words."""
+    why = graphs.no_kernel(model) if args.compile else "eager"
+    return f"PyTorch's ({why})" if why else f"Triton split-KV up to {FEW} rows, above PyTorch's"
 
 
 def state_at(length: int, device) -> State:

@@ -54,7 +54,7 @@ from evaluation.dummy import PRESETS, Source, build, describe  # noqa: E402
 from evaluation.passes import attention_name, first_token, verification  # noqa: E402
 from evaluation.simulated import draw_runs, play, rate_for, simulate  # noqa: E402
 from evaluation.timing import bandwidth, compiled, engine_on, interleaved, recorded  # noqa: E402
-from graphs import warm_up  # noqa: E402
+from graphs import builder, warm_up  # noqa: E402
 from judge import JudgeHead  # noqa: E402
 from linear import MODES, Linear, Quantization  # noqa: E402
 from load import load_judge  # noqa: E402
@@ -341,7 +341,7 @@ def kernels(c: Check, mode: str, name: str, n_in: int, n_out: int):
         want = torch.cat([x.double() @ part.double().T for part in dense.split(4096)], dim=1)
         product = lambda layer, x: layer(x)
         if c.compile:
-            product = torch.compile(product, fullgraph=True, dynamic=False)
+            product = builder(torch.device(c.device))(product)
         with torch.inference_mode():
             errors.append(relative_error(product(layer, x), want))
             call = recorded(c, lambda f=product, x=x: [f(one, x) for one in layers])
@@ -394,7 +394,7 @@ def whole(c: Check, preset: str, quant: str | None, name: str, read: float):
     if quant is None:
         e = engine_on({model: model.new_cache(positions(c))}, model)
         first_token_ms(c, name, compiled(c, e, "prompts"))
-        c.figure(f"{name}.attention", attention_name(model))
+        c.figure(f"{name}.attention", attention_name(c, model))
 
 
 def report_pass(c: Check, name: str, ms: float, bytes_read: float, read: float):

@@ -22,11 +22,10 @@ from evaluation import dummy as D
 from evaluation import hf_peer, timing
 from evaluation import real as R
 from evaluation import simulated as S
-from evaluation.passes import first_token
+from evaluation.passes import attention_name, first_token
 from evaluation.timing import engine_on
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
-from model import Transformer
 from ranks.memory import RESERVED, needed
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +90,7 @@ def test_dummy_weights_give_tables_json_and_a_plot(dummy, tmp_path, capsys):
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and png.stat().st_size > 10_000
     assert all("simulated acceptance" in line for line in text.splitlines() if "tokens/s" in line)
     for shown in ("target, verify 70 rows", "judge, in a pass of 7 rows", "read bandwidth",
-                  "\nattention: scaled_dot_product_attention\n", "\nprompt of 300 tokens  "):
+                  "\nattention: PyTorch's (eager)\n", "\nprompt of 300 tokens  "):
         assert shown in text
 
 
@@ -228,13 +227,20 @@ def test_the_memory_of_a_prompt_that_widens_int8_weights_is_counted(tmp_path, mo
     assert parts["caches"] == pytest.approx(1024 * 4 * (80 * 8 + 32 * 8) * 128, rel=1e-2)
 
 
-def test_the_attention_that_runs_is_said(dummy, monkeypatch, capsys):
-    monkeypatch.setattr(Transformer, "attention_name", "another one", raising=False)
-    r = B.main([*dummy, "--repeats", "1", "--max_new_tokens", "4", "--speculate_k", "1", "--rows",
-                "1"])
-    assert r["attention"] == "another one"
-    assert "\nattention: another one\n" in capsys.readouterr().out
+def test_the_kernels_that_run_are_said(dummy, monkeypatch, capsys):
+    few = [*dummy, "--repeats", "1", "--max_new_tokens", "4", "--speculate_k", "1", "--rows", "1"]
+    r = B.main([*few, "--target_quant", "int8"])
+    text = capsys.readouterr().out
+    assert r["attention"] == "PyTorch's (eager)" and "\nattention: PyTorch's (eager)\n" in text
+    assert "\nproducts of target: 1 row: PyTorch; 2 rows: PyTorch\n" in text
+    assert "products of draft" not in text  # plain weights
     assert [f["prompt_tokens"] for f in r["first_token"]] == [64]  # 512 would not fit the context
+    compiled, model = SimpleNamespace(compile=True), random_model(CONFIG)
+    assert attention_name(compiled, model) == "PyTorch's (on a CPU)"
+    for why, said in (("the card is old", "PyTorch's (the card is old)"),
+                      (None, "Triton split-KV up to 64 rows, above PyTorch's")):
+        monkeypatch.setattr("graphs.no_kernel", lambda model, why=why: why)
+        assert attention_name(compiled, model) == said
 
 
 @pytest.mark.parametrize("name, parameters",

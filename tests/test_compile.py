@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 
 from demo.pair import load_pair, make_engine, read_problems
 from engine import generate
-from graphs import compile_engine, warm_up
+from graphs import RecordedRounds, builder, by_block, compile_engine, no_kernel, warm_up
 from helpers import random_model, tiny_config
 from linear import DOT_ROWS, Linear, dense, packs, prepare
 from test_generate import ROOT, head, make, models, short_spans, tokens  # noqa: F401 (a fixture)
@@ -87,13 +88,13 @@ def test_small_layers_are_left_as_they_are():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unroll", [True, False])
-def test_compiled_sampling_draws_what_eager_draws(unroll, monkeypatch):
+@pytest.mark.parametrize("whole", [8, 0])
+def test_compiled_sampling_draws_what_eager_draws(whole, monkeypatch):
     """The noise is drawn outside of what is compiled, so that the same seed gives the same text,
-    warm-up or not.
+    warm-up or not, compiled as whole passes or by blocks; six drafted tokens are two groups.
     """
-    monkeypatch.setattr("graphs.UNROLL", 64 if unroll else 0)
-    settings = dict(accept="judge", speculate_k=4, temperature=0.9, top_p=0.9, seed=3)
+    monkeypatch.setattr("graphs.WHOLE", whole)
+    settings = dict(accept="judge", speculate_k=6, temperature=0.9, top_p=0.9, seed=3)
     want = generate(make(models()["target"], models()["good"], head(), **settings), tokens(6), 40)
     engine = compiled(models()["target"], models()["good"], head(), **settings)
     warm_up(engine, 6, 46)
@@ -101,17 +102,21 @@ def test_compiled_sampling_draws_what_eager_draws(unroll, monkeypatch):
     assert (got.tokens, got.sources) == (want.tokens, want.sources)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("draft", [None, "good"])
-def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
-    """Whatever the length of the prompt or of the text, and whatever was accepted.
-
-    A backend that only counts stands in for Inductor.
-    """
-    counter = CompileCounterWithBackend("eager")
-    compile = torch.compile
+@pytest.fixture
+def counter(monkeypatch):
+    """A backend that only counts graphs and their operations, instead of Inductor."""
+    counter, compile = CompileCounterWithBackend("eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, options,
                         **more: compile(f, backend=counter, **more))
+    return counter
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [8, 0])
+@pytest.mark.parametrize("draft", [None, "good"])
+def test_nothing_is_compiled_after_the_warm_up(draft, whole, counter, monkeypatch):
+    """Whatever the length of the prompt or of the text, and whatever was accepted."""
+    monkeypatch.setattr("graphs.WHOLE", whole)
     config = tiny_config(max_position_embeddings=300)
     target, small = random_model(config, seed=1), random_model(config, seed=1 if draft else 2)
     for p in small.parameters():
@@ -120,8 +125,10 @@ def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
     engine = compiled(target, small if draft else None, speculate_k=5)
     warm_up(engine, 1, 300)
     warm = counter.frame_count
-    # the draft and the verification at 64, 128, 256 and the context's end
-    assert warm == (2 if draft else 1) * 4
+    # At any span: a Block for prompts; and as whole passes the verification, 4 drafted tokens and
+    # the fifth, or by blocks those of 6, 2 and 1 rows, what follows them (for target and draft) and
+    # the LM head at one row (the draft has the target's shape).
+    assert warm == ({8: 4, 0: 6} if draft else {8: 2, 0: 4})[whole]
     accepted = set()
     for n, new in ((1, 10), (7, 100), (63, 70), (64, 1), (130, 200), (3, 297), (299, 5), (2, 40)):
         r = generate(engine, tokens(n, seed=n), new)
@@ -130,6 +137,55 @@ def test_nothing_is_compiled_after_the_warm_up(draft, monkeypatch):
     assert not draft or len(accepted) > 3
     generate(make(target, None), tokens(5), 5)
     assert counter.frame_count == warm  # eager engines compile nothing
+
+
+@pytest.mark.slow
+def test_many_layers_compile_no_more_than_two(counter, monkeypatch):
+    """By blocks; as whole passes they do."""
+    def graphs_and_operations(n_layer, whole):
+        monkeypatch.setattr("graphs.WHOLE", whole)
+        config = tiny_config(num_hidden_layers=n_layer)
+        counter.clear()
+        engine = compiled(random_model(config, seed=1), models()["random"], head(), "judge",
+                          speculate_k=3)
+        warm_up(engine, 1, 100)
+        return counter.frame_count, counter.op_count
+
+    assert graphs_and_operations(2, 0) == graphs_and_operations(20, 0)
+    (few, operations), (also, more) = graphs_and_operations(2, 20), graphs_and_operations(20, 20)
+    assert few == also and more > 5 * operations
+
+
+def test_options_of_a_gpu_and_of_a_cpu(monkeypatch):
+    """Without coordinate descent Inductor leaves products of one row to cuBLAS; in a group of
+    ranks the calls between kernels are not C++.
+    """
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **settings: seen.append(settings["options"]))
+    for device in ("cuda", "cpu"):
+        builder(torch.device(device))(None)
+    assert seen == [{"coordinate_descent_tuning": True}, {"cpp_wrapper": True}]
+
+
+def test_without_the_kernel_a_gpus_attention_is_pytorchs_and_the_reason_is_said(monkeypatch):
+    model = random_model(tiny_config())
+    assert no_kernel(model) == "on a CPU" and by_block(model, lambda f: f, {1}).kernel_rows == 0
+    monkeypatch.setattr("graphs.no_kernel", lambda model: None)
+    blocks = by_block(model, lambda f: f, {1})
+    assert blocks.kernel_rows == 64 and model.kernel_rows == 0  # the engine's, not the model's
+
+
+def test_where_attention_reads_what_is_there_one_recording_serves_every_span(monkeypatch):
+    recorded, played = [], []
+    replay = SimpleNamespace(replay=lambda: played.append(1))
+    monkeypatch.setattr("graphs.record", lambda call, *args: (call(), replay)[1])
+    for one, spans in ((True, [256]), (False, [64, 128])):
+        recorded.clear(), played.clear()
+        play = RecordedRounds(lambda e, span: recorded.append(span), one)
+        engine = SimpleNamespace(cache="cache", capacity=256, outcome=None, rng=None)
+        for span in (64, 128, 64):
+            play(engine, span)
+        assert recorded == spans and len(played) == 3
 
 
 @pytest.mark.slow

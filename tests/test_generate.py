@@ -2,6 +2,7 @@
 import functools
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import generate as G
 import judge
 from checkpoint import fingerprint
 from common import UserError, run
-from engine import Engine, LlamaDrafter, Settings, State, generate, verify_and_accept
+from engine import Engine, LlamaDrafter, Settings, State, generate, padded, verify_and_accept
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import RULES, JudgeHead, Rule, Verified
 from load import load_models
@@ -332,7 +333,59 @@ def test_sampled_judge_accepts_standard_or_judge():
                                  [3, 1], 41).tokens
 
 
+# ---------------------------------------------------------------- prompts in few shapes
+
+def test_prompts_are_read_in_few_shapes():
+    sizes = [padded(n) for n in range(1, 1025)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= max(16, 1.25 * n + 7) for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) == 23 and sizes[-1] == 1024 and set(map(padded, sizes)) == set(sizes)
+
+
+@pytest.mark.parametrize("chunk", [16, 1024])
+def test_a_padded_prompt_is_read_as_an_unpadded_one(chunk, monkeypatch):
+    """To the context's end, from any prefix that is kept: caches and hidden state are those of one
+    full pass, in target and draft.
+    """
+    monkeypatch.setattr("engine.PREFILL_CHUNK", chunk)
+    target, draft = models()["target"], models()["random"]
+    shapes, features = set(), type(target).features
+
+    def seen(self, ids, pos, cache):
+        shapes.add(ids.shape[1])
+        return features(self, ids, pos, cache)
+
+    monkeypatch.setattr(type(target), "features", seen)
+    text, n_max = tokens(127), target.config.max_seq_len
+    with torch.inference_mode():
+        for n in (1, 2, 15, 16, 17, 40, 100, 126, 127):
+            for kept in {0, 1, n // 2, n - 1} - {n}:
+                e = make(target, draft, speculate_k=3)
+                e.reserve(n)
+                e.tokens = text[:kept]
+                if kept:
+                    e.read(0)
+                e.tokens = text[:n]
+                got = e.read(kept)
+                for model, cache in ((target, e.cache), (draft, e.drafter.cache)):
+                    want = model.new_cache(n_max)
+                    hidden = features(model, torch.tensor([text[:n]]), torch.arange(n), want)
+                    for a, b in zip(cache.kv, want.kv):
+                        torch.testing.assert_close(a[:n], b[:n], rtol=0, atol=1e-5)
+                    if model is target:
+                        torch.testing.assert_close(got, hidden[0, -1:], rtol=0, atol=1e-5)
+    assert shapes == ({16} if chunk == 16 else {16, 24, 40, 56, 64, 112, 128})
+
+
 # ---------------------------------------------------------------- rules, by hand
+
+@pytest.mark.parametrize("vocabulary", [7, 128, 1280, 1300])
+def test_argmax_in_parts_is_argmax(vocabulary):
+    for logits in (torch.randn(5, vocabulary), torch.zeros(5, vocabulary),
+                   torch.randint(3, (5, vocabulary)).float(),  # ties: the first of them
+                   torch.full((2, 3, vocabulary), -math.inf)):
+        assert torch.equal(judge.top1(logits), logits.argmax(-1))
+
 
 def test_rules_by_hand():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 5.0, 1.0]])

@@ -404,3 +404,47 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     grown = int(subprocess.run([sys.executable, "-c", code, directory], cwd=ROOT,
                                capture_output=True, text=True, check=True).stdout)
     assert size > 1e8 and grown < 1.3 * size, (grown, size)
+
+
+# ---------------------------------------------------------------- attention
+
+def test_attention_may_come_in_any_layout(monkeypatch):
+    """PyTorch's memory-efficient kernel gives rows before heads: a view of it would fail."""
+    model, ids = random_model(tiny_config()), IDS[:, :9]
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def other_layout(*args, **more):
+        y = attend(*args, **more)
+        seen.append(y.transpose(1, 2).contiguous().transpose(1, 2))
+        return seen[-1]
+
+    run = lambda: model(ids, torch.arange(9), model.new_cache(16, batch=2))[0]
+    want = run()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", other_layout)
+    assert torch.equal(run(), want) and not seen[0].is_contiguous()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64, 65])
+def test_few_rows_may_have_a_kernel_without_mask(rows, monkeypatch):
+    """gpu_kernels/attention.py is given queries, the whole cache and the positions."""
+    calls = []
+
+    def attention(q, kv, pos):
+        calls.append(q.shape[1])
+        B, S, n_head, D = q.shape
+        k, v = (t.repeat_interleave(n_head // kv.shape[3], 2) for t in kv.permute(1, 2, 0, 3, 4))
+        score = torch.einsum("bshd,bnhd->bhsn", q, k) / D ** 0.5
+        mask = torch.arange(len(kv)) <= pos[:, None]
+        p = score.masked_fill(~mask, -math.inf).softmax(-1)
+        return torch.einsum("bhsn,bnhd->bshd", p, v).flatten(2)
+
+    monkeypatch.setattr(torch.ops.judge, "attention", attention, raising=False)
+    model = random_model(tiny_config())
+    hidden = []
+    for model.kernel_rows in (0, 64):
+        cache = model.new_cache(120, batch=2)
+        model.features(IDS[:, :30], torch.arange(30), cache)
+        calls.clear()
+        hidden.append(model.features(IDS[:, 30:30 + rows], 30 + torch.arange(rows), cache))
+    torch.testing.assert_close(*hidden, rtol=0, atol=1e-5)
+    assert calls == [rows] * model.config.n_layer * (rows <= 64)

@@ -271,7 +271,7 @@ def test_few_rows_on_a_gpu_go_to_the_kernels(monkeypatch):
     for name, want in (("int8", ("bytes_matmul", 1)), ("fp8", ("bytes_matmul", 1)),
                        ("int4 64", ("int4_matmul", 3))):
         layer, _ = layer_of(name, 128, 32)
-        paths = {rows: linear.path(torch.nn.Sequential(torch.nn.Linear(1, 1), layer), rows,
+        paths = {rows: linear.product_path(torch.nn.Sequential(torch.nn.Linear(1, 1), layer), rows,
                                    torch.bfloat16) for rows in (1, 2, 64)}
         assert paths == {1: "Triton, GEMV" if name == "int4 64" else "Triton", 2: "Triton",
                          64: "Triton"}
@@ -293,7 +293,7 @@ def test_fp8_widens_its_weights_where_pytorch_does_not_scale_rows(monkeypatch):
     linear.scales_rows.cache_clear()
     try:
         layer.prepare(torch.float32)
-        assert linear.path(torch.nn.Sequential(torch.nn.Linear(1, 1), layer), 65,
+        assert linear.product_path(torch.nn.Sequential(torch.nn.Linear(1, 1), layer), 65,
                            torch.float32) == "PyTorch"
         x = torch.randn(65, 128)
         assert error(layer(x), x.double() @ dense(layer).T) < BOUND[torch.float32]
