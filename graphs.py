@@ -7,6 +7,7 @@ import os
 import shutil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
@@ -14,6 +15,7 @@ from engine import (
     PREFILL_CHUNK,
     Engine,
     LlamaDrafter,
+    Settings,
     decide,
     draft_steps,
     next_token,
@@ -24,7 +26,6 @@ from linear import FEW
 from model import Cache, Transformer
 
 WHOLE = 8  # layers up to which a pass on a CPU is one graph; see compile_engine
-STEPS = 4  # draft steps of such a graph: all of them in one take six times as long to compile
 PROMPTS = 16, 80  # rows on either side of what a few rows are to a quantized layer
 RECOMPILE_LIMIT = 512  # numbers of rows, models and engines share the code of one function
 
@@ -37,12 +38,15 @@ def check_compiler(device: str):
                         "g++ or leave --compile out")
 
 
+def alone() -> bool:
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def builder(device: torch.device):
     """torch.compile with the options of a device."""
     # On a CPU the calls between kernels become C++ too: in Python they take a good part of a small
     # model's pass. Collectives cannot be called from there.
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    options = {"cpp_wrapper": alone} if device.type == "cpu" else {
+    options = {"cpp_wrapper": alone()} if device.type == "cpu" else {
         # Without it Inductor leaves products of one row, all draft steps but the first, to cuBLAS.
         "coordinate_descent_tuning": True}
     return functools.partial(torch.compile, fullgraph=True, dynamic=False, options=options)
@@ -52,22 +56,23 @@ def compile_engine(e: Engine):
     """Compile what rounds and prompts consist of; on a GPU record whole rounds as CUDA graphs too.
 
     One Block is compiled for all layers of a model, whatever their number, and the LM head with
-    what follows it. Python's call of each takes about 50 microseconds: nothing in a recording, nor
-    beside a large model's layer on a CPU. A small model's rounds there would be a quarter slower,
-    so they are compiled as whole passes; of its prompts only the target's are worth compiling.
+    what follows it. Python's call of each takes about 0.1 ms: nothing in a recording, little beside
+    a large model's layer on a CPU. A small model's rounds there would be a third slower, so they
+    are compiled as whole passes, a draft's as a loop; its prompts are the target's Block only.
     """
     build, on_cpu = builder(e.device), e.device.type == "cpu"
+    whole = lambda model: on_cpu and alone() and model.config.n_layer <= WHOLE
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     target, rows = e.target, {1, 2, e.speculate_k + 1}
     e.target = by_block(target, build, rows)
-    if on_cpu and target.config.n_layer <= WHOLE:
+    if whole(target):
         e.verify_and_accept = of_whole(target, build(verify_and_accept))
     else:
         e.verify_and_accept = functools.partial(verify_and_accept, decided=build(decide))
         e.next_token = build(next_token)
     if isinstance(d := e.drafter, LlamaDrafter):
-        if on_cpu and d.model.config.n_layer <= WHOLE:
-            d.steps = in_groups(of_whole(d.model, build(draft_steps)))
+        if whole(d.model):
+            d.steps = of_whole(d.model, build(draft_loop))
         else:
             d.model = by_block(d.model, build, rows)
             d.steps = functools.partial(draft_steps, next_token=build(next_token))
@@ -133,18 +138,25 @@ def of_whole(model: Transformer, call):
     return whole
 
 
-def in_groups(steps):
-    """`draft_steps` in groups of STEPS, each of which begins with reading the last two tokens."""
-    def grouped(model, cache, last, length, k, s, noise):
-        parts = []
-        for i in range(0, k, STEPS):
-            n = min(STEPS, k - i)
-            parts.append(steps(model, cache, last, length + i, n, s,
-                               None if noise is None else noise[i:i + n]))
-            last = torch.cat((last, parts[-1][0]))[-2:]
-        drafted, logits = zip(*parts)
-        return torch.cat(drafted), torch.cat(logits) if s.needs_draft_logits else None
-    return grouped
+def draft_loop(model: Transformer, cache: Cache, last: Tensor, length: Tensor, k: int, s: Settings,
+               noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`draft_steps`, of which the compiler sees two: the first and, as a loop, all others."""
+    drafted, logits = draft_steps(model, cache, last, length, 1, s, noise)
+    if k == 1:
+        return drafted, logits
+
+    def step(i, token, drafted, *logits):
+        hidden = model.features(token[None], length + i - 1, cache)[0]
+        token, row = next_token(model, hidden, s,
+                                None if noise is None else noise.index_select(0, i))
+        return (i + 1, token, drafted.index_copy(0, i, token),
+                *(rows.index_copy(0, i, row) for rows in logits))
+
+    from torch._higher_order_ops import while_loop
+    more = () if logits is None else (F.pad(logits, (0, 0, 0, k - 1)),)
+    start = torch.ones_like(length), drafted, F.pad(drafted, (0, k - 1)), *more
+    _, _, drafted, *logits = while_loop(lambda i, *_: (i < k).all(), step, start)
+    return drafted, logits[0] if logits else None
 
 
 class RecordedRounds:

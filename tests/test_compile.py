@@ -91,7 +91,7 @@ def test_small_layers_are_left_as_they_are():
 @pytest.mark.parametrize("whole", [8, 0])
 def test_compiled_sampling_draws_what_eager_draws(whole, monkeypatch):
     """The noise is drawn outside of what is compiled, so that the same seed gives the same text,
-    warm-up or not, compiled as whole passes or by blocks; six drafted tokens are two groups.
+    warm-up or not, compiled as whole passes, the draft's a loop, or by blocks.
     """
     monkeypatch.setattr("graphs.WHOLE", whole)
     settings = dict(accept="judge", speculate_k=6, temperature=0.9, top_p=0.9, seed=3)
@@ -125,10 +125,10 @@ def test_nothing_is_compiled_after_the_warm_up(draft, whole, counter, monkeypatc
     engine = compiled(target, small if draft else None, speculate_k=5)
     warm_up(engine, 1, 300)
     warm = counter.frame_count
-    # At any span: a Block for prompts; and as whole passes the verification, 4 drafted tokens and
-    # the fifth, or by blocks those of 6, 2 and 1 rows, what follows them (for target and draft) and
-    # the LM head at one row (the draft has the target's shape).
-    assert warm == ({8: 4, 0: 6} if draft else {8: 2, 0: 4})[whole]
+    # At any span: a Block for prompts; and as whole passes the verification and the drafting, or by
+    # blocks those of 6, 2 and 1 rows, what follows in the target, and the LM head at one row (the
+    # draft has the target's shape).
+    assert warm == ({8: 3, 0: 6} if draft else {8: 2, 0: 4})[whole]
     accepted = set()
     for n, new in ((1, 10), (7, 100), (63, 70), (64, 1), (130, 200), (3, 297), (299, 5), (2, 40)):
         r = generate(engine, tokens(n, seed=n), new)
