@@ -189,7 +189,8 @@ def main(argv=None):
         f"CPU, {torch.get_num_threads()} threads", "ranks": job.world(),
         "torch": torch.__version__, "compile": args.compile, "repeats": args.repeats,
         "speculate_k": args.speculate_k, **models, "bandwidth_gb_per_sec": read / 1e9,
-        "attention": attention_name(args, target),
+        "attention": "; draft: ".join(dict.fromkeys(
+            attention_name(args, model) for model in (target, draft))),
         "products": {flag: {rows: product_path(model, rows, dtype) for rows in (1, most + 1)}
                      for (flag, (_, dtype)), model in zip(sources.items(), (target, draft))},
         "passes": passes,

@@ -236,7 +236,7 @@ def open_weights(path, device="cpu"):
 
 
 def write_tensors(path, tensors: dict, metadata: dict[str, str]):
-    """A safetensors file, whole or absent; the same tensors and metadata give the same bytes."""
+    """A small safetensors file, whole or absent; the same tensors and metadata, the same bytes."""
     from safetensors.torch import save  # and with it PyTorch, for which not every command waits
     data = save({k: t.contiguous() for k, t in tensors.items()}, metadata)
     end = 8 + int.from_bytes(data[:8], "little")

@@ -16,6 +16,7 @@ import graphs
 from common import Parser, check_writable, refuse, write_json
 from engine import Engine, LlamaDrafter, Result, generate
 from judge import RULES
+from linear import product_path
 from load import add_device_flags, load_models, parse_rule, resolve_device, rule_help
 from ranks import job
 from tokenizer import Stream, Tokenizer
@@ -77,6 +78,19 @@ def tell(line: str):
     print(line, file=sys.stderr)
 
 
+def slower_paths(e: Engine, compiled: bool) -> list[str]:
+    """What this GPU or this PyTorch runs in place of the Triton kernels, and why."""
+    models = {"target": e.target} | ({"draft": e.drafter.model} if e.drafter else {})
+    lines = []
+    for name, model in models.items():
+        if compiled and (why := graphs.no_kernel(model)):
+            lines.append(f"{name}: attention is PyTorch's: {why}")
+        path = product_path(model, 1, model.norm.weight.dtype)
+        if model.config.quantization and not path.startswith("Triton"):
+            lines.append(f"{name}: slow products of few rows: {path}")
+    return lines
+
+
 def read_line() -> str | None:
     """The user's next line; None at the end of the input."""
     with contextlib.suppress(EOFError):
@@ -106,8 +120,8 @@ def parse_args(argv=None):
     p.add_argument("--interactive", action="store_true",
                    help="read prompts from the terminal; the cache is kept between turns")
     p.add_argument("--ignore_eos", action="store_true", help="go on past EOS")
-    p.add_argument("--compile", action="store_true", help="compile the rounds with torch.compile: "
-                   "a wait at the start, then faster")
+    p.add_argument("--compile", action="store_true", help="torch.compile, and CUDA graphs on a "
+                   "GPU: a wait at the start, then faster")
     add_device_flags(p, draft=True)
     p.add_argument("--json", type=Path, help="write the result here")
     args = p.parse_args(argv)
@@ -164,6 +178,8 @@ def main():
                     args.seed)
     if args.compile:
         graphs.compile_engine(engine)
+    for line in slower_paths(engine, args.compile) if engine.device.type == "cuda" else ():
+        tell(line)
     eos_ids = () if args.ignore_eos else tokenizer.eos_ids
     results, messages, history = [], [], []
 

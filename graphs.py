@@ -26,7 +26,7 @@ from linear import FEW
 from model import Cache, Transformer
 
 WHOLE = 8  # layers up to which a pass on a CPU is one graph; see compile_engine
-PROMPTS = 16, 80  # rows on either side of what a few rows are to a quantized layer
+PROMPTS = 16, 80  # prompt lengths below and above FEW rows
 RECOMPILE_LIMIT = 512  # numbers of rows, models and engines share the code of one function
 
 
@@ -63,6 +63,7 @@ def compile_engine(e: Engine):
     build, on_cpu = builder(e.device), e.device.type == "cpu"
     whole = lambda model: on_cpu and alone() and model.config.n_layer <= WHOLE
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     target, rows = e.target, {1, 2, e.speculate_k + 1}
     e.target = by_block(target, build, rows)
     if whole(target):
@@ -78,11 +79,12 @@ def compile_engine(e: Engine):
             d.steps = functools.partial(draft_steps, next_token=build(next_token))
     if not on_cpu:
         models = e.target, *([e.drafter.model] if isinstance(e.drafter, LlamaDrafter) else [])
-        e.play = RecordedRounds(e.play, all(m.kernel_rows for m in models))
+        e.play = RecordedRounds(e.play, isinstance(e.drafter, (LlamaDrafter, type(None))) and all(
+            e.speculate_k < m.kernel_rows for m in models))
 
 
 def no_kernel(model: Transformer) -> str | None:
-    """Why a compiled pass of few rows has PyTorch's attention, in words; None: it has ours."""
+    """Why a compiled pass of few rows has PyTorch's attention; None if the Triton kernel runs."""
     w = model.norm.weight
     if w.device.type != "cuda":
         return f"on a {w.device.type.upper()}"
@@ -128,7 +130,7 @@ def any_size(t: Tensor | None, dim: int):
 
 
 def of_whole(model: Transformer, call):
-    """A compiled call on the model itself, not on its `by_block`."""
+    """A compiled call, always on `model`, which is compiled with it."""
     def whole(_, *args):
         for cache in args:
             if isinstance(cache, Cache):

@@ -203,7 +203,7 @@ class QuantizedLinear(nn.Module):
         """
 
     def added(self, dtype: torch.dtype, device: str) -> int:
-        """Bytes that `prepare` adds on `device`, known without the weights: for load.memory."""
+        """Bytes that `prepare` adds on `device`, known without the weights: for ranks/memory.py."""
         return 0
 
     def workspace(self, rows: int, dtype: torch.dtype, device: str) -> int:
@@ -223,7 +223,7 @@ def int8_blocks(x: Tensor, weight: Tensor) -> Tensor:
 
 @int8_blocks.register_fake
 def _(x, weight):
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], len(weight))  # not len(x), which fixes a dynamic shape
 
 
 class Int8Linear(QuantizedLinear):
@@ -357,7 +357,7 @@ def scales_rows(device: str) -> bool:
     try:
         zeros, ones = torch.zeros(16, 16, device=device).to(FP8), torch.ones(16, 1, device=device)
         torch._scaled_mm(zeros, zeros.T, scale_a=ones, scale_b=ones.T, out_dtype=torch.bfloat16)
-    except (RuntimeError, AssertionError):  # the latter from a PyTorch without CUDA
+    except (RuntimeError, ValueError, AssertionError):  # the latter from a PyTorch without CUDA
         return False
     return True
 

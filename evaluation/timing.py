@@ -77,7 +77,10 @@ def compiled(args, e: Engine, what: str) -> Engine:
 def recorded(args, call):
     """`call`, on a GPU as the CUDA graph that compiled rounds are made of."""
     call()
-    return graphs.record(call).replay if args.compile and on_gpu(args.device) else call
+    if not (args.compile and on_gpu(args.device)):
+        return call
+    graph = graphs.record(call)
+    return lambda: (graph.replay(), call)[0]  # `call` keeps the tensors that the graph reads
 
 
 def random_prompt(n: int, vocab_size: int) -> list[int]:

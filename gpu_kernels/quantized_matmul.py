@@ -155,7 +155,7 @@ def settings(rows: int, n_out: int, limit: int, group: int | None = None) -> Set
     group: of int4, whose groups are a tile's inputs.
     """
     assert 0 < rows <= MAX_ROWS
-    block = max(16, triton.next_power_of_2(rows))  # 16 is the least that tl.dot takes
+    block = 16 if rows <= 16 else 32 if rows <= 32 else 64  # 16 is the least that tl.dot takes
     outputs, inputs, warps, stages, programs = TILES[block]
     # Narrower where too few programs would be left: two for each of a large GPU's processors.
     while outputs > (32 if block == 16 else 64) and triton.cdiv(n_out, outputs) * MAX_SPLITS < 256:
@@ -177,7 +177,7 @@ def chosen(x: Tensor, n_out: int, group: int | None = None) -> Settings:
     limit = 1 << 30
     if x.is_cuda:
         limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    return settings(len(x), n_out, limit, group)
+    return settings(x.shape[0], n_out, limit, group)  # not len(), which fixes a dynamic shape
 
 
 @torch.library.custom_op("judge::bytes_parts", mutates_args=())
@@ -197,7 +197,7 @@ def bytes_parts(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 @bytes_parts.register_fake
 def _(x, weight, scale):
-    return x.new_empty(chosen(x, len(weight)).splits, len(x), len(weight), dtype=torch.float32)
+    return x.new_empty(chosen(x, len(weight)).splits, x.shape[0], len(weight), dtype=torch.float32)
 
 
 @torch.library.custom_op("judge::int4_parts", mutates_args=())
@@ -219,7 +219,7 @@ def int4_parts(x: Tensor, sums: Tensor, weight: Tensor, scale: Tensor, zero: Ten
 @int4_parts.register_fake
 def _(x, sums, weight, scale, zero):
     s = chosen(x, len(weight), x.shape[1] // len(scale))
-    return x.new_empty(s.splits, len(x), len(weight), dtype=torch.float32)
+    return x.new_empty(s.splits, x.shape[0], len(weight), dtype=torch.float32)
 
 
 def row_outputs(n_out: int) -> int:

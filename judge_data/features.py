@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from common import UserError, open_weights, write_tensors
+from common import UserError, open_weights, replacing
 from judge_data.data import Encoded
 from model import DTYPES, Transformer
 from ranks.job import rank
@@ -70,7 +71,8 @@ def made_of(encoded: list[Encoded], target: Path, dtype: str) -> dict:
 
 
 def save_features(path: Path, hidden: Tensor, made: dict):
-    write_tensors(path, {"hidden": hidden}, {"features_of": json.dumps(made)})
+    with replacing(path) as tmp:
+        save_file({"hidden": hidden}, tmp, {"features_of": json.dumps(made)})
 
 
 def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str | None) -> Tensor:

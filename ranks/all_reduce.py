@@ -56,7 +56,8 @@ def _(x):
 
 
 def standard_sum(t: Tensor) -> Tensor:
-    return collectives.all_reduce(t, "sum", job.passes)
+    # Waited for here: an eager embedding's sum goes on into a compiled Block.
+    return collectives.wait_tensor(collectives.all_reduce(t, "sum", job.passes))
 
 
 def in_one_shot(t: Tensor) -> bool:

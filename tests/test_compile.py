@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from torch._inductor.utils import run_and_get_code
 
 from demo.pair import load_pair, make_engine, read_problems
 from engine import generate
+from evaluation.timing import recorded
 from graphs import RecordedRounds, builder, by_block, compile_engine, no_kernel, warm_up
 from helpers import random_model, tiny_config
 from linear import DOT_ROWS, Linear, dense, packs, prepare
@@ -186,6 +188,26 @@ def test_where_attention_reads_what_is_there_one_recording_serves_every_span(mon
         for span in (64, 128, 64):
             play(engine, span)
         assert recorded == spans and len(played) == 3
+
+
+@pytest.mark.parametrize("k, kernel, one", [(63, True, True), (64, True, False), (5, False, False)])
+def test_when_one_recording_serves_every_span(k, kernel, one, monkeypatch):
+    """Up to 64 rows, which the kernel takes; more would attend to the whole cache by a mask."""
+    monkeypatch.setattr("graphs.no_kernel", lambda model: None if kernel else "no card")
+    engine = make(models()["target"], models()["good"], speculate_k=k)
+    engine.device = torch.device("cuda")
+    compile_engine(engine)
+    assert engine.play.one == one
+
+
+def test_a_recording_keeps_the_tensors_that_it_reads(monkeypatch):
+    monkeypatch.setattr("graphs.record", lambda call: SimpleNamespace(replay=lambda: None))
+    read = torch.zeros(3)
+    alive = weakref.ref(read)
+    call = recorded(SimpleNamespace(compile=True, device="cuda"), lambda t=read: t)
+    del read
+    call()
+    assert alive() is not None
 
 
 @pytest.mark.slow

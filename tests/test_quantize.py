@@ -302,6 +302,31 @@ def test_fp8_widens_its_weights_where_pytorch_does_not_scale_rows(monkeypatch):
         linear.scales_rows.cache_clear()
 
 
+@pytest.mark.slow
+def test_prompts_of_few_rows_are_traced_once_for_each_tile():
+    """Not for each number of rows: what the op says of its result must not fix them."""
+    pytest.importorskip("triton")
+    from gpu_kernels.quantized_matmul import bytes_parts, int4_parts
+    graphs, (k, n) = [], (64, 48)
+    int8 = torch.ones(n, k, dtype=torch.int8), torch.ones(n)
+    int4 = torch.ones(n, k // 2, dtype=torch.uint8), *2 * [torch.ones(2, n, dtype=torch.bfloat16)]
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return lambda *args: (torch.zeros(1),)
+
+    for product in (lambda x: bytes_parts(x, *int8).sum(0),
+                    lambda x: int4_parts(x, x[:, :2].float(), *int4).sum(0)):
+        graphs.clear()
+        torch._dynamo.reset()
+        product = torch.compile(product, backend=backend, fullgraph=True, dynamic=False)
+        for rows in range(2, 65):
+            x = torch.ones(rows, k, dtype=torch.bfloat16)
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            product(x)
+        assert len(graphs) == 3  # up to 16, 32 and 64 rows
+
+
 # ---------------------------------------------------------------- checkpoints
 
 def run_main(monkeypatch, source, out, *args):

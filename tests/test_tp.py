@@ -59,7 +59,7 @@ def tiny(tmp_path_factory):
     home = tmp_path_factory.mktemp("tiny")
     vocab = read_json(DEMO / "target" / "config.json")["vocab_size"]
     for name, seed in (("target", 1), ("draft", 2)):
-        config = tiny_config(vocab_size=vocab, num_hidden_layers=1)
+        config = tiny_config(vocab_size=vocab, num_hidden_layers=2)
         save_checkpoint(home / name, random_model(config, seed), config)
         shutil.copy(DEMO / "target" / "tokenizer.model", home / name)
     head = JudgeHead(torch.randn(1, 64), torch.ones(1), 0.5, fingerprint(home / "target"))
