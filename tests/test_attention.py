@@ -44,6 +44,11 @@ def test_reads_each_key_once_and_none_beyond_the_position():
     run_check("loads", interpret=True)
 
 
+@pytest.mark.slow
+def test_compiled_rounds_with_the_kernel_give_the_eager_tokens():
+    run_check("engine", interpret=True)
+
+
 @pytest.mark.skipif(not GPU, reason="records a CUDA graph")
 def test_one_recorded_graph_serves_every_length():
     run_check("recorded")
@@ -252,6 +257,28 @@ def check_recorded():
         pos.copy_(torch.arange(keys - 26, keys))
         graph.replay()
         assert torch.equal(y, call()), keys
+
+
+def check_engine():
+    """Rounds and prompts compiled by blocks with the kernel: the tokens of eager ones without."""
+    import graphs
+    from engine import Engine, LlamaDrafter, generate
+    from helpers import random_model, tiny_config
+    graphs.no_kernel, graphs.WHOLE = lambda model: None, 0
+    compile = torch.compile
+    torch.compile = lambda f, options, **more: compile(f, backend="aot_eager", **more)
+    config = tiny_config(head_dim=16)
+    target, draft = random_model(config, seed=1), random_model(config, seed=1)
+    for p in draft.parameters():  # agrees with the target on some tokens, not on others
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        p.data += 0.05 * p.data.std() * noise
+    eager, fast = (Engine(target, LlamaDrafter(draft), speculate_k=2) for _ in range(2))
+    graphs.compile_engine(fast)
+    assert fast.target.kernel_rows == fast.drafter.model.kernel_rows == 64
+    kernels().PROGRAMS = 8  # the interpreter runs one after the other
+    for prompt in (list(range(5, 15)), list(range(3, 80))):  # above 64 rows by PyTorch's attention
+        want, got = generate(eager, prompt, 6), generate(fast, prompt, 6)
+        assert (got.tokens, got.accept_counts) == (want.tokens, want.accept_counts)
 
 
 # ---------------------------------------------------------------- where it cannot run
