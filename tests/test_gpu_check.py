@@ -38,7 +38,8 @@ def test_every_part_passes_on_a_cpu(tmp_path):
     said = dict(line.split(": ", 1) for line in lines)
     assert said.keys() == r["figures"].keys() | r["skipped"].keys()  # one line a figure
     for name, value in r["figures"].items():
-        assert said[name] == value if isinstance(value, str) else value >= 0, name
+        assert said[name] == value if isinstance(value, str) else (
+            value >= 0 or "_from_" in name), name  # extrapolated from times that are noise here
     for name in ("smoke.fp8", "kernels.fp8.256x384", "passes.70b_fp8_from_1_and_2_layers"):
         assert "compute capability 8.9 or better, not cpu" in r["skipped"][name]
     assert all(r["seconds"][part] > 0 for part in PARTS)
