@@ -251,6 +251,7 @@ class Engine:
         self.state = unpack(self.outcome, self.speculate_k).state  # views of the packed outcome
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
         self.next_token, self.agree = next_token, target.agree
+        self.rows = padded if self.device.type == "cuda" else lambda n: n  # of a pass of n tokens
 
     def reserve(self, length: int):
         """Room for `length` tokens and a round's drafts after them; what was read stays."""
@@ -268,12 +269,11 @@ class Engine:
     def read(self, start: int) -> Tensor:
         """Feed tokens[start:] to target and drafter; the last hidden state [1, D].
 
-        In few shapes: a chunk is padded, or where the cache ends begins earlier. What is read of
-        padding is read again when its positions come.
+        Chunks may be padded, or begin earlier where the cache ends; padding is overwritten later.
         """
         for i in range(start, len(self.tokens), PREFILL_CHUNK):
             end = min(i + PREFILL_CHUNK, len(self.tokens))
-            rows = min(padded(end - i), self.capacity)
+            rows = min(self.rows(end - i), self.capacity)
             first = min(i, self.capacity - rows)
             ids = self.tokens[first:end] + [0] * (first + rows - end)
             ids, span = torch.tensor(ids, device=self.device), self.span(first + rows)

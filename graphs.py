@@ -57,13 +57,14 @@ def compile_engine(e: Engine):
 
     One Block is compiled for all layers of a model, whatever their number, and the LM head with
     what follows it. Python's call of each takes about 0.1 ms: nothing in a recording, little beside
-    a large model's layer on a CPU. A small model's rounds there would be a third slower, so they
-    are compiled as whole passes, a draft's as a loop; its prompts are the target's Block only.
+    a large model's layer on a CPU. A small model's rounds there would take twice as long, so they
+    are compiled as whole passes, a draft's as a loop; of prompts, only the target's Block is.
     """
     build, on_cpu = builder(e.device), e.device.type == "cpu"
     whole = lambda model: on_cpu and alone() and model.config.n_layer <= WHOLE
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
+    e.rows = padded
     target, rows = e.target, {1, 2, e.speculate_k + 1}
     e.target = by_block(target, build, rows)
     if whole(target):

@@ -333,6 +333,19 @@ def test_sampled_judge_accepts_standard_or_judge():
                                  [3, 1], 41).tokens
 
 
+def test_what_runs_in_place_of_the_triton_kernels_is_said(monkeypatch):
+    target = random_model(tiny_config() | {"quantization": {"mode": "int8", "group_size": None}})
+    engine = make(target, models()["good"])
+    products = ["target: slow products of few rows: PyTorch"]  # of the draft nothing: it is plain
+    assert G.slower_paths(engine, compiled=False) == products
+    said = G.slower_paths(engine, compiled=True)
+    assert said == ["target: attention is PyTorch's: on a CPU", *products,
+                    "draft: attention is PyTorch's: on a CPU"]
+    monkeypatch.setattr("graphs.no_kernel", lambda model: None)
+    monkeypatch.setattr(G, "product_path", lambda *args: "Triton")
+    assert G.slower_paths(engine, compiled=True) == []
+
+
 # ---------------------------------------------------------------- prompts in few shapes
 
 def test_prompts_are_read_in_few_shapes():
@@ -361,6 +374,8 @@ def test_a_padded_prompt_is_read_as_an_unpadded_one(chunk, monkeypatch):
         for n in (1, 2, 15, 16, 17, 40, 100, 126, 127):
             for kept in {0, 1, n // 2, n - 1} - {n}:
                 e = make(target, draft, speculate_k=3)
+                assert e.rows(n) == n  # eager on a CPU
+                e.rows = padded
                 e.reserve(n)
                 e.tokens = text[:kept]
                 if kept:
