@@ -189,6 +189,7 @@ def chosen(kernel, rows=5):
     all_reduce.choose(rows, DIM, torch.float32, "cpu")
     rooms = job.of_all_ranks(all_reduce.one_shot and all_reduce.one_shot.room)
     total = all_reduce.sum_over_ranks(torch.ones(1, DIM))
+    assert type(total) is torch.Tensor  # waited for: compiled code may read it at once
     assert (total == job.world()).all() and len(set(rooms)) == 1, rooms
     return rooms[0]
 
