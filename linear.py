@@ -49,12 +49,11 @@ PACK_ROWS = 17  # what oneDNN packs for; the product takes any number of rows
 
 
 def few_rows_on_gpu(x: Tensor) -> bool:
-    return (quantized_matmul is not None and x.is_cuda and len(x) <= FEW
-            and x.dtype != torch.float32)
+    return quantized_matmul is not None and kernel_runs(x.shape[0], x.dtype, x.device.type)
 
 
 def kernel_runs(rows: int, dtype: torch.dtype, device: str) -> bool:
-    """`few_rows_on_gpu`, for computing memory."""
+    """Whether a Triton kernel takes such rows, where there is Triton."""
     return device != "cpu" and rows <= FEW and dtype != torch.float32
 
 
