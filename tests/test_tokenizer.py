@@ -247,9 +247,9 @@ def test_messages_of_900_000_characters(homes, name):
 def test_spaces_before_a_token_that_swallows_them_take_linear_time(homes, tmp_path):
     t = Tokenizer.from_dir(changed(homes, "qwen3", tmp_path, added_tokens_decoder={
         "429": {"content": "<mask>", "lstrip": True, "special": True}}))
-    start = time.perf_counter()
+    start = time.process_time()
     t.chat([{"role": "user", "content": "<|im_end|>x" + " " * 50_000 + "y"}])
-    assert time.perf_counter() - start < 2  # 7 where each space began a search
+    assert time.process_time() - start < 2  # 7 where each space began a search
 
 
 @pytest.mark.parametrize("chat", [False, True])
