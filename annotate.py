@@ -30,7 +30,7 @@ MAX_BODY = 10_000_000  # bytes; a decision holds the marked text
 def read_answers(path: Path) -> list[Line]:
     """The answers to decide on, without the "error" that they came with."""
     answers = []
-    for line in json_lines(path, holding="answers"):
+    for line in json_lines(path, holding="answers", halves=True):
         check_texts(line.value, line.where)
         answers.append(line._replace(value={k: v for k, v in line.value.items() if k != "error"}))
     return answers

@@ -547,7 +547,7 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--replay", str(ROOT / "README.md"), "--rules", "judge"], "line 1: not JSON"),
     (["--replay", str(DEMO / "problems.jsonl"), "--rules", "judge"],
      'problems.jsonl, line 1: no "prompt" and "text"'),
-    (["--replay", os.devnull, "--rules", "standard"], "null holds no examples"),
+    (["--replay", os.devnull, "--rules", "standard"], "null: it is not a plain file"),
     (["--replay", "x", "--rules", "target,standard"], "rule target tests no drafts"),
     (["--out", str(ROOT / "README.md")], "README.md is a file"),
     (["--out", "/nowhere/x"], "/nowhere is not a directory"),

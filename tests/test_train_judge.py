@@ -68,7 +68,7 @@ LINES = [
     ('{"prompt": "p", "error": null}', "'answer' must be a text"),
     ('{"prompt": "p", "answer": "", "error": null}', "'answer' must be a text"),
     ('{"prompt": "p", "answer": "abc"}', "'error' is missing"),
-    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "'answer' holds half a character"),
+    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "it holds half a character"),
     *((json.dumps({"prompt": "p", "answer": "abc", "error": e}), "'error' is")
       for e in ([1], [2, 1], [1, 1], [0, 4], [-1, 2], "x", [0.0, 1], True)),
 ]
