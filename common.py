@@ -64,7 +64,7 @@ def check_flag(flag: str, value):
 
 def say(text: str):
     """Print to standard output, control characters escaped: a name may come from a file."""
-    print("\n".join(map(visible, text.split("\n"))))
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
 
 
 def tell(text: str):
@@ -166,9 +166,8 @@ def refuse(*cases: tuple[object, str]):
 
 # ---------------------------------------------------------------- writing
 
-CHECKPOINT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json",
-                    "generation_config.json", "tokenizer*", "special_tokens_map.json",
-                    "added_tokens.json", "chat_template.jinja")
+CHECKPOINT_FILES = ("model*.safetensors*", "config.json", "generation_config.json", "tokenizer*",
+                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def check_writable(path):
@@ -194,15 +193,15 @@ def check_apart(writes: dict[str, Path | None], reads: dict[str, Path | None]):
 
     Of an input that is a checkpoint directory its own files count. Links are followed.
     """
-    inputs = [(flag, file) for flag, path in reads.items() if path
-              for file in ([path] if not path.is_dir() else
-                           (f for name in CHECKPOINT_FILES for f in path.glob(name)))]
+    inputs = [(flag, path) for flag, path in reads.items() if path and not path.is_dir()]
+    inputs += [(f"a file of {flag}", file) for flag, path in reads.items() if path and path.is_dir()
+               for name in CHECKPOINT_FILES for file in path.glob(name)]
     outputs = [(flag, path) for flag, path in writes.items() if path]
     for i, (flag, path) in enumerate(outputs):
         for other, file in outputs[:i] + inputs:
             refuse((os.path.realpath(path) == os.path.realpath(file)
                     or path.exists() and file.exists() and path.samefile(file),
-                    f"{flag} {path} is a file of {other} too; name another"))
+                    f"{flag} {path} is also {other}; name another"))
 
 
 @contextlib.contextmanager

@@ -35,11 +35,14 @@ from common import (
     AnswerLog,
     Parser,
     UserError,
+    check_apart,
     check_writable,
     file_hash,
     make_directory,
     refuse,
     saved_settings,
+    say,
+    tell,
     write_json,
     write_text,
 )
@@ -64,6 +67,8 @@ from tokenizer import cut_at_stop, stop_check
 
 DEFAULT = "standard,topk:3"  # rules, after PLAIN and before those that need the judge
 ABOUT = "rules", "target_name", "draft_name"  # settings that answers do not depend on
+WRITES = ("answers.jsonl", "settings.json", "results.json", "results.md", "accuracy.png",
+          "replay.json", "replay.md")  # in --out
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
 
@@ -228,7 +233,7 @@ class Progress:
             print("\r" + line[:width].ljust(width), end="\n" if self.done == self.total else "",
                   file=sys.stderr, flush=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
 
 def evaluate(args):
@@ -250,7 +255,7 @@ def evaluate(args):
         else:
             missing.append((rule, i))
     if done:
-        print(f"{progress.done} of {len(units)} answers are there already", file=sys.stderr)
+        tell(f"{progress.done} of {len(units)} answers are there already")
     job.broadcast((examples, missing))
     for answer in make_answers(args, examples, missing) if missing else ():
         make_directory(args.out)
@@ -294,15 +299,16 @@ def conclude(out: Path, answers: dict, settings: dict):
     """
     results = report.summarise(answers, settings)
     text = report.markdown(results)
-    print(text, end="")
     write_json(out / "results.json", results)
     write_text(out / "results.md", text)
-    if note := report.plot(results, out / "accuracy.png"):
-        print(note, file=sys.stderr)
+    note = report.plot(results, out / "accuracy.png")
+    say(text.removesuffix("\n"))
+    if note:
+        tell(note)
     same = results["standard_equals_target"]
     if settings["dtype"] == "float32" and same and same["different"]:
-        print(f"error: {report.verdict(results)}. In float32 it must not differ: something is "
-              "wrong with the models or with this program", file=sys.stderr)
+        tell(f"error: {report.verdict(results)}. In float32 it must not differ: something is "
+             "wrong with the models or with this program")
         sys.exit(1)
 
 
@@ -328,12 +334,12 @@ def show_replay(args):
         for rule, m in results.items())])
     text = (f"{args.replay.name}: {len(texts)} texts, {total} tokens, as drafts for "
             f"{args.target.resolve().name}, K = {args.speculate_k}, greedy\n\n{table}\n")
-    print(text, end="")
     if args.out:
         make_directory(args.out)
         write_json(args.out / "replay.json", {"texts": len(texts), "tokens": total,
                                               "speculate_k": args.speculate_k, "rules": results})
         write_text(args.out / "replay.md", text)
+    say(text.removesuffix("\n"))
 
 
 # ---------------------------------------------------------------- command line
@@ -411,6 +417,10 @@ def check_args(args):
             graphs.check_compiler(args.device)
     if args.out:
         check_writable(args.out / "answers.jsonl" if args.out.is_dir() else args.out)
+        for name in WRITES:
+            check_apart({f"--out's {name}:": args.out / name}, {
+                "--data": args.data, "--replay": args.replay, "--target": args.target,
+                "--draft": args.draft, "--judge": args.judge})
 
 
 def main(argv=None):

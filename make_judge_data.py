@@ -31,12 +31,15 @@ from common import (
     Line,
     Parser,
     UserError,
+    check_apart,
     check_writable,
     file_hash,
     json_lines,
     refuse,
     replacing,
     saved_settings,
+    say,
+    visible,
 )
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
@@ -167,7 +170,7 @@ def make_answers(args):
             units = [(p, t, sample) for p in prompts for t, sample in settings
                      if (name, p["example"]["id"], t, sample) not in done]
             bar.update(each - len(units))
-            bar.set_description(name)
+            bar.set_description(visible(name))
             if units:
                 job.broadcast((i, units))
             for line in answers(args, i, units) if units else ():
@@ -179,9 +182,9 @@ def make_answers(args):
     log.close()
     lines = log.values
     right = [a["right"] for a in lines if "right" in a]
-    print(f"{len(lines):,} answers to {len({a['id'] for a in lines}):,} prompts, "
-          f"{sum(not a['ended'] for a in lines):,} of them cut off"
-          + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
+    say(f"{len(lines):,} answers to {len({a['id'] for a in lines}):,} prompts, "
+        f"{sum(not a['ended'] for a in lines):,} of them cut off"
+        + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
 
 
 def answers(args, i: int, units):
@@ -398,14 +401,14 @@ def mine(args):
     found = [line for r in results for line in r.get("lines", ())]
     write_lines({args.out: found})
     log.remove()
-    print(f"{len(found):,} lines of {len(units):,} "
-          f"{'prompts' if args.method == 'autojudge' else 'answers'}, "
-          f"{sum(line['error'] is not None for line in found):,} with an error -> {args.out}")
+    say(f"{len(found):,} lines of {len(units):,} "
+        f"{'prompts' if args.method == 'autojudge' else 'answers'}, "
+        f"{sum(line['error'] is not None for line in found):,} with an error -> {args.out}")
     left_out = Counter(r["left_out"] for r in results if "left_out" in r)
     if without := len(lines) - len(with_checker):
         left_out["no checker"] = without
     if left_out:
-        print("left out: " + "; ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items())))
+        say("left out: " + "; ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items())))
 
 
 # ---------------------------------------------------------------- merge
@@ -449,10 +452,10 @@ def merge(args):
     rows = [summary(name, part, tokenizer) for name, part in parts.items()]
     plain = lambda part: [{k: v for k, v in e.items() if k not in ("where", "line")} for e in part]
     write_lines({args.train: plain(parts["train"]), args.val: plain(parts["val"])})
-    print("\n".join(rows))
+    say("\n".join(rows))
     if again:
-        print(f"{again:,} answers came twice and were dropped, {otherwise:,} of them marked "
-              "otherwise than the first time")
+        say(f"{again:,} answers came twice and were dropped, {otherwise:,} of them marked "
+            "otherwise than the first time")
 
 
 def summary(name: str, part: list[dict], tokenizer: Tokenizer | None) -> str:
@@ -555,10 +558,13 @@ def check_args(args):
         (autojudge and given("search"), "--search is for --method first_error; leave it out"),
         (merging and not 0 < given("val_share") < 1,
          f"--val_share is {given('val_share')}; it must be between 0 and 1"),
-        (merging and given("train") == given("val"), "--train and --val are the same file"),
         (merging and job.world() > 1, "merge runs no model; start it with python"))
-    for path in (args.train, args.val) if merging else (args.out,):
-        check_writable(path)
+    writes = ("train", "val") if merging else ("out",)
+    for flag in writes:
+        check_writable(given(flag))
+    named = lambda flags: {f"--{flag}": given(flag) for flag in flags}
+    lists = {f"{path}": path for path in [*(given("models") or ()), *(given("files") or ())]}
+    check_apart(named(writes), lists | named(("prompts", "data", "target", "draft")))
 
 
 def main(argv=None):

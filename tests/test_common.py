@@ -235,11 +235,11 @@ def test_an_output_is_no_input_and_no_other_output(tmp_path):
     reads = {"--target": checkpoint, "--data": data, "--draft": None}
     for out in (data, tmp_path / "link", tmp_path / "hard", tmp_path / "checkpoint/../data.jsonl",
                 checkpoint / "config.json", tmp_path / "shard", checkpoint / "tokenizer.json"):
-        with pytest.raises(UserError, match=f"--out {out} is a file of --(data|target) too"):
+        with pytest.raises(UserError, match=f"--out {out} is also (--data|a file of --target);"):
             common.check_apart({"--out": out}, reads)
     for out in tmp_path / "new", checkpoint / "judge.txt", checkpoint / "results.json":
         common.check_apart({"--out": out, "--json": None}, reads)
-        with pytest.raises(UserError, match="--json .* is a file of --out too"):
+        with pytest.raises(UserError, match="--json .* is also --out;"):
             common.check_apart({"--out": out, "--json": out.parent / "x" / ".." / out.name}, reads)
 
 

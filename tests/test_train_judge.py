@@ -385,7 +385,7 @@ def test_bad_input(tmp_path, homes, train):
             (good, ("--max_false_accept", "-1"), "--max_false_accept is -1"),
             (good, ("--features_dtype", "float32"), "--features_dtype requires --features"),
             (good, ("--weight_decay", "-1"), "--weight_decay is -1"),
-            (good, ("--report", tmp_path / "judge.safetensors"), "must be different files"),
+            (good, ("--report", tmp_path / "judge.safetensors"), "is also --"),
             (good, ("--features", tmp_path / "no" / "f"), "is not a directory"),
             (good, ("--out", tmp_path / "no" / "j"), "is not a directory"),
             (good, ("--data", "nowhere.jsonl"), "nowhere.jsonl")):
