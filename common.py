@@ -267,7 +267,10 @@ def write_json(path, value):
 # ---------------------------------------------------------------- reading
 
 def read_json(path, kinds=()) -> dict:
-    """The object in a JSON file, its values of their `kinds`; raises UserError naming the file."""
+    """The object in a JSON file, its values of their `kinds` {key: Kind}.
+
+    Raises UserError naming the file.
+    """
     refuse((not os.path.exists(path), f"{path} does not exist"))
     data = read_bytes(path)
     try:
@@ -345,9 +348,11 @@ LARGEST = sys.float_info.max
 
 
 class Kind(NamedTuple):
-    """What a JSON value must be, in words and as a test; null passes where it may be missing."""
+    """What a JSON value must be, in words and as a test. One not `needed` may be missing or null.
+    """
     says: str
     holds: Callable[[object], bool]
+    needed: bool = False
 
     def __or__(self, other: "Kind") -> "Kind":
         return Kind(f"{self.says} or {other.says}", lambda v: self.holds(v) or other.holds(v))
@@ -362,7 +367,7 @@ def whole(low: int, high: int = 1 << 53) -> Kind:
 def number(low: float = -LARGEST, high: float = LARGEST, above=False) -> Kind:
     """A number from low (or `above` it) to high."""
     says = "a number" + (f" {'above' if above else 'from'} {low:g}" if low > -LARGEST else "")
-    return Kind(says + (f" to {high:g}" if high < LARGEST else ""),
+    return Kind(says + (f" up to {high:g}" if high < LARGEST else ""),
                 lambda v: type(v) in (int, float) and low <= v <= high and not (above and v == low))
 
 
@@ -375,14 +380,17 @@ FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 
 
-def check_kinds(value: dict, kinds, where):
-    """Refuse an object with a value that is not of its kind, {key: Kind}.
+def needed(kinds: dict[str, Kind]) -> dict[str, Kind]:
+    return {key: kind._replace(needed=True) for key, kind in kinds.items()}
 
-    What is missing or null is for the caller.
-    """
+
+def check_kinds(value: dict, kinds, where):
+    """Refuse an object in which a value is not of its kind, {key: Kind}; it may have other keys."""
     for key, kind in dict(kinds).items():
         found = value.get(key)
-        refuse((found is not None and not kind.holds(found),
+        refuse((found is None and kind.needed, f"{where}: {key!r} is missing; it must be "
+                f"{kind.says}"),
+               (found is not None and not kind.holds(found),
                 f"{where}: {key} is {shown(found)}; it must be {kind.says}"))
 
 

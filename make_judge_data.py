@@ -113,8 +113,8 @@ def plain(line: Line) -> dict:
         kind = "prompt"
     elif isinstance(turns, list) and turns:
         text = turns[0]
-    elif isinstance(instruction, str):
-        text = "\n\n".join(filter(None, (instruction, value.get("input"))))
+    elif isinstance(instruction, str) and isinstance(more := value.get("input") or "", str):
+        text = "\n\n".join(filter(None, (instruction, more)))
     if not isinstance(text, str) or not text:
         raise UserError(f'{line.where}: no prompt in it; a line has "prompt", "turns" or '
                         f'"instruction", or is one of {", ".join(TASKS)}')

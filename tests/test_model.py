@@ -10,6 +10,7 @@ import transformers
 
 from checkpoint import config_from, fingerprint, load, shapes
 from common import UserError
+from formats.config import KINDS, OTHER_KINDS, QUANTIZATION_KINDS, ROPE_KINDS
 from helpers import (
     ROOT,
     edit_weights,
@@ -277,16 +278,17 @@ def test_rope_is_that_of_transformers(settings, context):
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
-    ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "'yarn' needs 'factor'"),
+    ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "RoPE: factor is \"4\""),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'low_freq_factor'"),
-    ({"rope_scaling": {"type": "linear", "factor": math.inf}}, "'linear' needs 'factor'"),
-    ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "'linear' needs 'factor'"),
-    ({"rope_scaling": {"type": "yarn", "factor": math.inf}}, "'yarn' needs 'factor'"),
-    ({"rope_theta": 10**400}, "'default' needs 'rope_theta'"),
-    ({"model_type": ["llama"]}, "is not supported"), ({"vocab_size": 10**400}, "vocab_size"),
-    ({"tie_word_embeddings": "false"}, "neither true nor false"),
+    ({"rope_scaling": {"type": "linear", "factor": math.inf}}, "RoPE: factor is Inf"),
+    ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "RoPE: factor is NaN"),
+    ({"rope_scaling": {"type": "yarn", "factor": math.inf}}, "RoPE: factor is Inf"),
+    ({"rope_theta": 10**400}, "rope_theta is 10+\\.\\.\\.; it must be a number above 1"),
+    ({"model_type": ["llama"]}, "model_type is .*it must be a text"),
+    ({"vocab_size": 10**400}, "vocab_size"),
+    ({"tie_word_embeddings": "false"}, "it must be true or false"),
     *((MISTRAL | {"sliding_window": w}, "sliding_window") for w in ("4096", 0, -1, 4096.0, True)),
-    ({"rope_scaling": "yarn"}, "not an object"), ({"hidden_size": "64"}, "hidden_size = '64'"),
+    ({"rope_scaling": "yarn"}, "must be an object"), ({"hidden_size": "64"}, 'hidden_size is "64"'),
     *(({key: None}, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers",
                                      "num_attention_heads", "intermediate_size", "rms_norm_eps",
                                      "max_position_embeddings")),
@@ -294,6 +296,40 @@ def test_rope_is_that_of_transformers(settings, context):
 def test_what_is_not_implemented_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         config_from(tiny_config(**changes))
+
+
+WRONG = (None, True, False, "", "x", -1, 0, 1, 1.5, 3, 1e-300, 1e300, 10**30, 10**400, [], {}, [[]],
+         {"a": 1}, ["x"], [None])
+
+
+@pytest.mark.parametrize("arch", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_any_value_of_any_key_is_a_model_or_one_line(arch):
+    base = tiny_config(architectures=[f"{arch}ForCausalLM"], model_type=arch.lower())
+    yarn = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    keys = [*KINDS, *OTHER_KINDS, "rope_theta", "quantization_config", "num_experts", "new"]
+    cases = [{key: value} for key in keys for value in WRONG]
+    cases += [{"rope_scaling": rope | {key: value}} for rope in (yarn, llama3)
+              for key in ROPE_KINDS for value in WRONG]
+    cases += [{"quantization": {"mode": "int4", "group_size": 32, "parent": "x"} | {key: value}}
+              for key in QUANTIZATION_KINDS for value in WRONG]
+    models = 0
+    for changes in cases:
+        try:
+            config = config_from(base | changes)
+        except UserError as e:
+            assert "\n" not in str(e) and "config.json" in str(e) and len(str(e)) < 400, changes
+            continue
+        models += 1
+        assert all(map(math.isfinite, config.rope_freqs)) and config.max_seq_len >= 1, changes
+        if config.n_layer < 100:
+            with torch.device("meta"):
+                try:
+                    Transformer(config)
+                except UserError as e:
+                    assert "group size" in str(e), changes
+    assert 100 < models < len(cases) / 2  # null is what is not said, and what a family ignores
 
 
 def test_keys_that_transformers_does_not_read():
