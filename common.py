@@ -27,6 +27,9 @@ except ImportError:  # Windows: an answer log is not locked there
     fcntl = None
 
 
+LONGEST = 1500  # characters of an error's line: it may repeat what a file or a flag holds
+
+
 class UserError(Exception):
     """A user error; the message says how to fix it."""
 
@@ -103,7 +106,10 @@ def run(main, speak=None):
         error = failed_output() or error
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
-        (speak or tell)(f"error: {visible(user_error(error))}")
+        line = f"error: {visible(user_error(error))}"
+        with contextlib.suppress(OSError):
+            (speak or tell)(line if len(line) < LONGEST else f"{line[:LONGEST]} ...")
+        failed_output()
         sys.exit(2)
 
 
@@ -339,6 +345,18 @@ def not_the_file(data: bytes) -> str | None:
     return None
 
 
+def json_values(metadata: dict[str, str] | None, kinds: dict[str, "Kind"], where) -> dict:
+    """The values of their `kinds` that a safetensors file's metadata holds as JSON."""
+    values = {}
+    for key in kinds.keys() & (metadata or {}).keys():
+        try:
+            values |= parse_json(f'{{"{key}": {metadata[key]}}}'.encode())
+        except ValueError as e:
+            raise UserError(f"{where}: its {key} cannot be read: {e}") from None
+    check_kinds(values, kinds, where)
+    return values
+
+
 def file_hash(path) -> str:
     """16 hex digits of a file's SHA-256."""
     return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
@@ -459,6 +477,16 @@ def open_weights(path, device="cpu"):
         raise UserError(f"{path} is damaged or truncated ({e}); fetch it again") from None
 
 
+def is_finite(tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.itemsize == 1:  # float8_e4m3fn: only NaN is not finite
+        return bool((tensor.view(tensor.new_empty(0).byte().dtype) & 127).amax() < 127)
+    low, high = tensor.aminmax()  # NaN if any is
+    return bool(low > -math.inf and high < math.inf)
+
+
 def write_tensors(path, tensors: dict, metadata: dict[str, str]):
     """A small safetensors file, whole or absent; the same tensors and metadata, the same bytes."""
     from safetensors.torch import save  # and with it PyTorch, for which not every command waits
@@ -481,12 +509,12 @@ class AnswerLog:
     """
 
     def __init__(self, path: Path, settings: dict | None = None, about: Path | None = None,
-                 torn=lambda tail: True):
+                 torn=lambda tail: True, kinds=()):
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
         self.path, self.settings, self.about, self.fd = path, settings, about, None
         self.size = path.stat().st_size if path.exists() else 0  # when it was read
-        self.lines = json_lines(path, torn=torn, halves=True) if path.exists() else []
+        self.lines = json_lines(path, None, torn, kinds, halves=True) if path.exists() else []
 
     @property
     def values(self) -> list[dict]:
@@ -561,7 +589,8 @@ class AnswerLog:
             path.unlink(missing_ok=True)
 
 
-def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=()) -> dict:
+def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(),
+                   kinds=()) -> dict:
     """The settings that the log `answers` was made with, or {} if there is none yet.
 
     Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
@@ -572,7 +601,7 @@ def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(
             raise UserError(f"{answers} is there without {about.name}, so how it was made is "
                             "unknown; take another --out")
         return {}
-    saved = read_json(about)
+    saved = read_json(about, kinds)
     unknown = {k for k in optional if None in (saved.get(k), now.get(k))}
     changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items()
                if key not in ignored and key not in unknown and saved.get(key) != value]

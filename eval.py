@@ -32,17 +32,23 @@ import torch
 import graphs
 from checkpoint import fingerprint
 from common import (
+    FLAG,
+    TEXT,
     AnswerLog,
     Parser,
     UserError,
     check_apart,
     check_writable,
     file_hash,
+    list_of,
     make_directory,
+    needed,
+    number,
     refuse,
     saved_settings,
     say,
     tell,
+    whole,
     write_json,
     write_text,
 )
@@ -74,6 +80,15 @@ QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
 # ---------------------------------------------------------------- settings and saved answers
 
+ANSWER = needed(dict(rule=TEXT, id=TEXT, domain=TEXT, right=FLAG, how=TEXT, text=TEXT,
+                     tokens=list_of(whole(0), "ids"), seconds=number(0), rounds=whole(0),
+                     accepted=whole(0)))
+SETTINGS = needed(dict(task=TEXT, data=TEXT, target=TEXT, target_name=TEXT, device=TEXT, dtype=TEXT,
+                       speculate_k=whole(1), chat=FLAG, compile=FLAG, processes=whole(1),
+                       rules=list_of(TEXT, "texts"))) | dict(
+    draft=TEXT, draft_name=TEXT, judge=TEXT, ranks=whole(1))
+
+
 def settings_of(args) -> dict:
     """What answers depend on, speeds included, and ABOUT: the content of settings.json."""
     return {
@@ -93,11 +108,7 @@ def saved_answers(log: AnswerLog) -> dict:
     """{(rule, id): answer} of answers.jsonl."""
     answers = {}
     for line in log.lines:
-        try:
-            answers.setdefault((line.value["rule"], line.value["id"]), line.value)
-        except (KeyError, TypeError):
-            raise UserError(f"{line.where}: not an answer; the file is damaged, remove that "
-                            "line") from None
+        answers.setdefault((line.value["rule"], line.value["id"]), line.value)
     return answers
 
 
@@ -242,10 +253,10 @@ def evaluate(args):
         return generate_along(args)
     examples, now = make_task(args).load(args.data, args.limit), settings_of(args)
     path, about = args.out / "answers.jsonl", args.out / "settings.json"
-    saved = saved_settings(about, path, now, ignored=ABOUT, optional=("draft", "judge"))
+    saved = saved_settings(about, path, now, ABOUT, ("draft", "judge"), SETTINGS)
     settings = saved | {k: v for k, v in now.items() if v is not None or k not in saved}
     settings["rules"] = list(dict.fromkeys([*saved.get("rules", ()), *args.rules]))
-    log = AnswerLog(path, settings, about)
+    log = AnswerLog(path, settings, about, kinds=ANSWER)
     done = saved_answers(log)
     units = [(rule, i) for i, e in enumerate(examples) for rule in args.rules]
     progress, missing = Progress(args.rules, len(units)), []
@@ -278,11 +289,12 @@ def rescore(args):
     """Score the saved answers anew and report on them; no model is loaded."""
     path, task = args.out / "answers.jsonl", make_task(args)
     saved = saved_settings(args.out / "settings.json", path,
-                           {"task": args.task, "data": file_hash(args.data)})
-    log = AnswerLog(path)
+                           {"task": args.task, "data": file_hash(args.data)}, kinds=SETTINGS)
+    log = AnswerLog(path, kinds=ANSWER)
     answers, examples = saved_answers(log), {e["id"]: e for e in task.load(args.data)}
-    if not answers:
-        raise UserError(f"{args.out} holds no answers")
+    refuse((not answers, f"{args.out} holds no answers"),
+           *((i not in examples, f"{path} has an answer to {i}, which {args.data} has not")
+             for _, i in answers))
     log.open()  # refused while a run still adds to it
     for answer in answers.values():
         score = task.score(examples[answer["id"]], answer["text"])

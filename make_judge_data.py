@@ -27,6 +27,9 @@ from tqdm import tqdm
 
 from checkpoint import fingerprint, read_config
 from common import (
+    FLAG,
+    OBJECT,
+    TEXT,
     AnswerLog,
     Line,
     Parser,
@@ -35,11 +38,15 @@ from common import (
     check_writable,
     file_hash,
     json_lines,
+    list_of,
+    needed,
+    number,
     refuse,
     replacing,
     saved_settings,
     say,
     visible,
+    whole,
 )
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
@@ -59,12 +66,16 @@ from ranks.memory import check_memory, reserved
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
+ANSWER = needed(dict(prompt=TEXT, answer=TEXT, source_model=TEXT, chat=FLAG, ended=FLAG,
+                     max_new_tokens=whole(1))) | dict(task=TEXT, right=FLAG, example=OBJECT)
+SAVED = ANSWER | needed(dict(id=TEXT, temperature=number(0), sample=whole(0)))
+MINED = dict(left_out=TEXT, lines=list_of(OBJECT, "objects"))
 
 
-def open_log(path: Path, settings: dict) -> AnswerLog:
+def open_log(path: Path, settings: dict, kinds) -> AnswerLog:
     """The log at `path`; models may join those of earlier runs, other settings must be the same."""
     about = path.with_name(path.name + ".settings.json")
-    saved = saved_settings(about, path, settings, ignored=("models",))
+    saved = saved_settings(about, path, settings, ignored=("models",), kinds={"models": OBJECT})
     old, new = saved.get("models", {}), settings["models"]
     changed = [f"model {name} was {old[name]}, now {value}"
                for name, value in new.items() if old.get(name, value) != value]
@@ -74,7 +85,7 @@ def open_log(path: Path, settings: dict) -> AnswerLog:
     if changed:
         raise UserError(f"{path} was made with other settings: {'; '.join(changed)}. Take another "
                         "--out, or remove this one")
-    return AnswerLog(path, settings | {"models": old | new}, about)
+    return AnswerLog(path, settings | {"models": old | new}, about, kinds=kinds)
 
 
 # ---------------------------------------------------------------- generate
@@ -160,7 +171,7 @@ def make_answers(args):
         "max_new_tokens": args.max_new_tokens, "seed": args.seed,
         "device": torch.device(args.device).type,
         "dtype": dtype_name(args.dtype),
-        "models": {name: fingerprint(d) for name, d in models.items()}})
+        "models": {name: fingerprint(d) for name, d in models.items()}}, SAVED)
     done = {(a["source_model"], a["id"], a["temperature"], a["sample"]) for a in log.values}
     settings = [(t, sample) for t in args.temperatures
                 for sample in range(args.samples if t else 1)]
@@ -239,20 +250,15 @@ def seed_of(*parts) -> int:
 
 def read_answers(path: Path) -> list[dict]:
     """The lines of `generate`, with "where"; raises UserError naming a line that is not one."""
-    kinds = {"prompt": str, "answer": str, "source_model": str, "chat": bool, "ended": bool,
-             "max_new_tokens": int}
     answers = []
-    for line in json_lines(path, holding="examples"):
+    for line in json_lines(path, holding="examples", kinds=ANSWER):
         value, where = line.value, line.where
         task = value.get("task")
-        needed = kinds | ({"right": bool, "example": dict} if task else {})
-        bad = next((key for key, kind in needed.items() if not isinstance(value.get(key), kind)),
-                   None)
-        if bad or not value["prompt"]:
-            raise UserError(f"{where}: {bad or 'prompt'!r} is missing or not what `generate` "
-                            "writes there")
-        if task and (task not in TASKS or missing(TASKS[task], value["example"])):
-            raise UserError(f"{where}: 'task' is {task!r}, but 'example' is none of its examples")
+        refuse((not value["prompt"], f"{where}: 'prompt' is empty"),
+               (task and (task not in TASKS or value.get("right") is None
+                          or missing(TASKS[task], value.get("example") or {})),
+                f"{where}: 'task' is {task!r}, but 'right' is missing or 'example' is none of its "
+                "examples"))
         answers.append(value | {"where": where})
     return answers
 
@@ -387,7 +393,7 @@ def mine(args):
         "data": file_hash(args.data), "method": args.method, "search": args.search,
         "device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
         "models": {name: fingerprint(d)
-                   for name, d in (("target", args.target), ("draft", args.draft)) if d}})
+                   for name, d in (("target", args.target), ("draft", args.draft)) if d}}, MINED)
     results = log.values
     todo = units[len(results):]
     job.broadcast(todo and (with_checker, todo))
@@ -403,7 +409,7 @@ def mine(args):
     log.remove()
     say(f"{len(found):,} lines of {len(units):,} "
         f"{'prompts' if args.method == 'autojudge' else 'answers'}, "
-        f"{sum(line['error'] is not None for line in found):,} with an error -> {args.out}")
+        f"{sum(line.get('error') is not None for line in found):,} with an error -> {args.out}")
     left_out = Counter(r["left_out"] for r in results if "left_out" in r)
     if without := len(lines) - len(with_checker):
         left_out["no checker"] = without

@@ -217,7 +217,7 @@ def plot(r: dict, path: Path) -> str | None:
     s = r["settings"]
     names = " drafts for ".join(filter(None, (s["draft_name"], s["target_name"])))
     ax.set_title(f"{s['task']}: {names}\nK = {s['speculate_k']}, {s['dtype']}, {s['device']}",
-                 fontsize=10.5)
+                 fontsize=10.5, parse_math=False)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.93")

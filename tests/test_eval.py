@@ -225,7 +225,7 @@ def test_more_of_the_same_is_welcome_and_other_settings_are_not(pair, whole, tmp
     assert before == files(out)
     with open(out / "answers.jsonl", "a") as f:
         f.write('{"rule": "target"}\n')
-    with pytest.raises(UserError, match="answers.jsonl, line 13: not an answer"):
+    with pytest.raises(UserError, match="answers.jsonl, line 13: 'id' is missing"):
         run("--rules", "target")
     (out / "settings.json").unlink()
     with pytest.raises(UserError, match="answers.jsonl is there without settings.json"):
