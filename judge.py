@@ -199,11 +199,12 @@ class JudgeHead(nn.Module):
                     f"{path} is not a judge file of format {FORMAT}; make one with train_judge.py"))
             said = json_values(meta, SAID, path)
             head = cls(f.get_tensor("weight"), f.get_tensor("bias"), said["threshold"],
-                       meta.get("target"), tuple(map(tuple, said.get("curve", ()))))
+                       meta.get("target", ""), tuple(map(tuple, said.get("curve", ()))))
         advice = "train one for this target with train_judge.py"
-        refuse((head.weight.shape != (1, dim) or head.bias.shape != (1,), f"judge {path} is for a "
-                f"target of width {head.weight.numel()}, {target_name} has {dim}; {advice}"),
+        refuse((head.weight.shape != (1, dim), f"judge {path} is for a target of width "
+                f"{head.weight.numel()}, but {target_name} has width {dim}; {advice}"),
                (head.target not in (target, parent), f"judge {path} was trained on target "
                 f"{head.target}, but {target_name} is {target}; {advice}"),
-               (not all(map(is_finite, head.parameters())), f"judge {path} holds NaN; {advice}"))
+               (head.bias.shape != (1,) or not all(map(is_finite, head.parameters())),
+                f"judge {path} is damaged: it holds NaN or not one bias; {advice}"))
         return head

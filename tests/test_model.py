@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
+import quantize
 from checkpoint import config_from, fingerprint, load, shapes
-from common import UserError
+from common import UserError, is_finite
 from formats.config import KINDS, OTHER_KINDS, QUANTIZATION_KINDS, ROPE_KINDS
 from helpers import (
     ROOT,
@@ -18,6 +19,7 @@ from helpers import (
     put,
     random_model,
     randomize,
+    run_command,
     save_checkpoint,
     shard,
     tiny_config,
@@ -356,6 +358,35 @@ def test_sliding_window_ends_the_context_where_it_would_matter():
 
 
 # ---------------------------------------------------------------- loading
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys, dtype, value):
+    """By what reads weights: loading, and quantizing, which then writes nothing."""
+    config = tiny_config()
+    model = random_model(config).to(dtype)
+    for name in "embed.weight", "layers.1.ffn.w2.weight", "norm.weight":
+        weight = model.get_parameter(name).data.view(-1)
+        before, weight[-1] = weight[-1].clone(), value
+        save_checkpoint(tmp_path / "m", model, config)
+        with pytest.raises(UserError, match=f"m: weight {name} holds NaN or an infinity"):
+            load(tmp_path / "m", dtype=torch.float32)
+        with pytest.raises(SystemExit, match="2"):
+            run_command(monkeypatch, quantize, "--checkpoint_dir", tmp_path / "m", "--mode", "int8",
+                        "--out", tmp_path / "q")
+        assert "holds NaN or an infinity" in (said := capsys.readouterr().err.splitlines()[-1])
+        assert said.startswith("error: ")
+        assert [p.name for p in tmp_path.iterdir()] == ["m"]
+        weight[-1] = before
+    save_checkpoint(tmp_path / "m", model, config)
+    load(tmp_path / "m", dtype=torch.float32)
+
+
+def test_fp8_has_one_number_that_is_none():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert [is_finite(x[None]) for x in every] == every.float().isfinite().tolist()
+    assert is_finite(torch.zeros(0)) and is_finite(torch.tensor([127], dtype=torch.int8))
+
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_load_single_and_sharded(tmp_path, tied):
