@@ -14,6 +14,7 @@ from common import UserError, is_finite
 from formats.config import KINDS, OTHER_KINDS, QUANTIZATION_KINDS, ROPE_KINDS
 from helpers import (
     ROOT,
+    WRONG,
     edit_weights,
     hf_to_ours,
     put,
@@ -298,10 +299,6 @@ def test_rope_is_that_of_transformers(settings, context):
 def test_what_is_not_implemented_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         config_from(tiny_config(**changes))
-
-
-WRONG = (None, True, False, "", "x", -1, 0, 1, 1.5, 3, 1e-300, 1e300, 10**30, 10**400, [], {}, [[]],
-         {"a": 1}, ["x"], [None])
 
 
 @pytest.mark.parametrize("arch", ["Llama", "Mistral", "Qwen2", "Qwen3"])
