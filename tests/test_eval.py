@@ -295,7 +295,7 @@ def test_saved_files_with_any_other_value_are_refused_or_read(pair, whole, tmp_p
                     json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
                 except UserError as e:
                     refused += 1
-                    assert str(out) in str(e) and "\n" not in str(e) and len(str(e)) < 900, (key, case)
+                    assert str(out) in str(e) and "\n" not in str(e), (key, case)
                 except SystemExit as e:  # standard left the target's text
                     assert e.code == 1, (key, case)
         (out / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in lines))
