@@ -17,7 +17,18 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from common import AnswerLog, Line, Parser, UserError, check_writable, json_lines, refuse, run
+from common import (
+    AnswerLog,
+    Line,
+    Parser,
+    UserError,
+    check_apart,
+    check_writable,
+    json_lines,
+    refuse,
+    run,
+    say,
+)
 from judge_data.data import check_texts, is_error
 
 PAGE = Path(__file__).with_name("judge_data") / "annotate.html"
@@ -30,7 +41,7 @@ MAX_BODY = 10_000_000  # bytes; a decision holds the marked text
 def read_answers(path: Path) -> list[Line]:
     """The answers to decide on, without the "error" that they came with."""
     answers = []
-    for line in json_lines(path, holding="answers"):
+    for line in json_lines(path, holding="answers", halves=True):
         check_texts(line.value, line.where)
         answers.append(line._replace(value={k: v for k, v in line.value.items() if k != "error"}))
     return answers
@@ -50,8 +61,8 @@ class Annotation:
 
     def __init__(self, data: Path, out: Path):
         self.data, self.answers = data, read_answers(data)
-        if out.exists() and out.samefile(data):
-            raise UserError(f"--out is --data, {data}; name another file")
+        check_apart({"--out": out, "the list of skips": out.with_name(out.name + ".skipped")},
+                    {"--data": data})
         self.names, count = [], {}
         for line in self.answers:
             d = digest(line.value)
@@ -373,13 +384,13 @@ def main():
     with Server(args.port) as server:
         server.annotation = a = Annotation(args.data, args.out)
         server.doubt = Doubt(args.target, args.judge, args.chat) if args.target else None
-        print(f"{len(a.decisions)} of {len(a.answers)} answers decided -> {args.out}\n"
-              f"open http://127.0.0.1:{server.server_address[1]}/#{server.token}\nCtrl-C stops; "
-              "every decision is on disk", flush=True)
+        say(f"{len(a.decisions)} of {len(a.answers)} answers decided -> {args.out}\n"
+            f"open http://127.0.0.1:{server.server_address[1]}/#{server.token}\nCtrl-C stops; "
+            "every decision is on disk")
         try:
             server.serve_forever()
         finally:
-            print(f"\n{len(a.decisions)} of {len(a.answers)} answers decided -> {args.out}")
+            say(f"\n{len(a.decisions)} of {len(a.answers)} answers decided -> {args.out}")
 
 
 if __name__ == "__main__":

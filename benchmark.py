@@ -17,7 +17,17 @@ from pathlib import Path
 
 import torch
 
-from common import Parser, UserError, check_writable, json_lines, refuse, write_json
+from common import (
+    TEXT,
+    Parser,
+    UserError,
+    check_apart,
+    check_writable,
+    json_lines,
+    refuse,
+    say,
+    write_json,
+)
 from engine import power_of_two
 from evaluation import collectives
 from evaluation.benchmark_report import plot, report
@@ -131,17 +141,20 @@ def check_args(args, most: int):
          "--plot needs matplotlib; pip install matplotlib"),
         (args.device == "cpu" and "fp8" in (args.target_quant, args.draft_quant),
          "fp8 needs a GPU; take int8 or int4"))
-    for path in filter(None, (args.json, args.plot)):
+    writes = {"--json": args.json, "--plot": args.plot}
+    for path in filter(None, writes.values()):
         check_writable(path)
+    check_apart(writes, {"--target": Path(args.target.name), "--draft": Path(args.draft.name),
+                         "--judge": args.judge, "--prompts": args.prompts})
 
 
 def read_prompts(args) -> tuple[list[list[int]], tuple]:
     """`repeats` prompts as ids, evenly spaced in the file or repeated, and the EOS ids."""
     _, tokenizer = read_vocabulary(args.target.directory)
     check_draft(args.target.directory, args.draft.directory, tokenizer)
-    lines, n = json_lines(args.prompts, "prompts"), args.repeats
+    lines, n = json_lines(args.prompts, "prompts", kinds={"prompt": TEXT}), args.repeats
     for line in lines:
-        refuse((not isinstance(line.value.get("prompt"), str), f'{line.where}: no "prompt" in it'))
+        refuse((line.value.get("prompt") is None, f'{line.where}: no "prompt" in it'))
     chosen = [lines[i * len(lines) // n if n <= len(lines) else i % len(lines)] for i in range(n)]
     return [tokenizer.encode(line.value["prompt"]) for line in chosen], tokenizer.eos_ids
 
@@ -200,11 +213,11 @@ def main(argv=None):
         "real": measure_real(args, target, draft, judge, caches, prompts, eos_ids)
         if prompts else None,
     }
-    print(report(result))
     if args.json and not job.rank():
         write_json(args.json, result)
     if args.plot and not job.rank():
         plot(result, args.plot)
+    say(report(result))
     return result
 
 

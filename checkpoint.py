@@ -7,7 +7,6 @@ import ctypes
 import hashlib
 import json
 import re
-import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, open_weights, read_json, refuse, replacing
+from common import UserError, is_finite, open_weights, read_bytes, read_json, refuse, replacing
 from formats.config import MIXTURE, MULTIMODAL, config_fields
 from linear import prepare
 from model import ModelConfig, Transformer
@@ -178,6 +177,11 @@ def check_shape(checkpoint_dir, name: str, found, expected):
             f"{list(found)}, config.json says {list(expected)}"))
 
 
+def check_finite(checkpoint_dir, name: str, tensor: Tensor):
+    refuse((not is_finite(tensor), f"{checkpoint_dir}: weight {name} holds NaN or an infinity; "
+            "fetch the checkpoint again"))
+
+
 def open_tensors(checkpoint_dir, expected: dict, ignored=lambda name: False) -> dict:
     """Open the tensors `expected`, {name: shape}, of a checkpoint that is not quantized.
 
@@ -229,7 +233,8 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer,
         with open_weights(path, device) as file:
             for name in file.keys():
                 tensor = read(file, name)
-                weights[name] = tensor if name in quantized else tensor.to(dtype)
+                tensor = weights[name] = tensor if name in quantized else tensor.to(dtype)
+                check_finite(checkpoint_dir, name, tensor)
     for name, tensor in weights.items():
         check_shape(checkpoint_dir, name, tensor.shape, expected[name].shape)
         if name in quantized and tensor.dtype != quantized[name].dtype:
@@ -298,6 +303,13 @@ def write_safetensors(path, tensors: dict[str, Planned], progress):
             progress.update()
 
 
+def finite_parts(checkpoint_dir, name: str, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The parts as they are read; raises UserError at one that is not finite."""
+    for part in parts:
+        check_finite(checkpoint_dir, name, part)
+        yield part
+
+
 def write_weights(planned: dict[str, Planned], out: Path, shard_bytes=SHARD_BYTES):
     """Write planned tensors into the directory `out`: one file, or numbered shards and an index.
 
@@ -331,8 +343,10 @@ def write_checkpoint(source: Path, out: Path, planned: dict[str, Planned], confi
     """
     with replacing(out) as tmp:
         tmp.mkdir()
+        checked = {name: tensor._replace(parts=finite_parts(source, name, tensor.parts))
+                   for name, tensor in planned.items()}
         try:
-            write_weights(planned, tmp)
+            write_weights(checked, tmp)
         except SafetensorError as e:
             raise UserError(
                 f"the weights of {source} cannot be read ({e}); fetch them again") from None
@@ -340,5 +354,5 @@ def write_checkpoint(source: Path, out: Path, planned: dict[str, Planned], confi
             (tmp / name).write_bytes(data)
         for name in COPIED:
             if (source / name).exists():
-                shutil.copyfile(source / name, tmp / name)
+                (tmp / name).write_bytes(read_bytes(source / name))
         (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n")

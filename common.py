@@ -3,13 +3,19 @@ log, and safetensors files. Imports none of our other files.
 """
 import argparse
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import signal
+import stat
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,29 +27,65 @@ except ImportError:  # Windows: an answer log is not locked there
     fcntl = None
 
 
+LONGEST = 1500  # characters of an error's line: it may repeat what a file or a flag holds
+
+
 class UserError(Exception):
     """A user error; the message says how to fix it."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with errors in one line like all others."""
+    """argparse's, with errors in one line like all others, and values that can be used."""
 
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
 
+    def parse_args(self, args=None, namespace=None):
+        args = super().parse_args(args, namespace)
+        for flag, values in vars(args).items():
+            for value in values if isinstance(values, list) else [values]:
+                check_flag(f"--{flag}", value)
+        return args
 
-def say_on_stderr(text: str):
-    print(text, file=sys.stderr)
+
+def check_flag(flag: str, value):
+    """Refuse a number beyond 64 bits, text that is no UTF-8, and a path that can be no file's."""
+    if isinstance(value, int):
+        refuse((not -(1 << 63) <= value < 1 << 63, f"{flag} is {value}, which is too large"))
+    if isinstance(value, (str, Path)):
+        refuse((half_characters(str(value)), f"{flag} {value} is not UTF-8 text"))
+    if isinstance(value, Path):
+        try:
+            refuse((half_characters(os.path.abspath(value)), f"{flag} {value}: the name of its "
+                    "directory is not UTF-8 text; rename it"))
+            os.stat(value)
+        except (FileNotFoundError, NotADirectoryError):
+            refuse((not Path(".").exists(), "the current directory does not exist any more"))
+        except (OSError, ValueError) as e:  # links in a circle, a name too long
+            raise UserError(f"{flag} {value}: {getattr(e, 'strerror', e)}") from None
 
 
-def run(main, say=say_on_stderr):
+def say(text: str):
+    """Print to standard output, control characters escaped: a name may come from a file."""
+    print("\n".join(map(visible, text.split("\n"))), flush=True)
+
+
+def tell(text: str):
+    """Print to standard error, control characters escaped."""
+    print("\n".join(map(visible, text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def run(main, speak=None):
     """Call `main()`; a UserError is said in one line, exit code 2; Ctrl-C is exit code 130.
 
-    For a command that runs no model; the others go through ranks.job.run, for torchrun's sake.
+    So is what the system says of a file or of a full output. Where the reader of the output has
+    gone (`| head`), the exit code is 141, as of other programs, in silence. For a command that runs
+    no model; the others go through ranks.job.run, for torchrun's sake.
     """
-    if say is say_on_stderr and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    open_streams()
+    if not speak and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if os.environ.get("RANK", "0") == "0":
-            say("error: this command runs no model; start it with python, not with torchrun")
+            tell("error: this command runs no model; start it with python, not with torchrun")
         sys.exit(2)
     interrupted = False
 
@@ -57,18 +99,67 @@ def run(main, say=say_on_stderr):
         signal.signal(signal.SIGINT, interrupt)
     try:
         main()
-    except BaseException as e:
+        sys.stdout.flush()
+    except BaseException as error:
         if interrupted:  # torch's C++ sometimes turns a KeyboardInterrupt into another error
             sys.exit(130)
-        if not isinstance(e, UserError):
-            raise
-        say(f"error: {visible(str(e))}")
+        error = failed_output() or error
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        line = f"error: {visible(user_error(error))}"
+        with contextlib.suppress(OSError):
+            (speak or tell)(line if len(line) < LONGEST else f"{line[:LONGEST]} ...")
+        failed_output()
         sys.exit(2)
+
+
+def user_error(error: BaseException) -> str:
+    """What to say of an error that is the user's; raises any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror or error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
+                                                      errno.EIO, errno.EBADF):
+        return f"cannot write the output: {error.strerror}"
+    raise error
+
+
+def open_streams():
+    """Have all three standard streams, and text that an output's encoding lacks escaped.
+
+    A closed one becomes the null device: else the next file that is opened would take its number.
+    """
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def failed_output() -> OSError | None:
+    """Why standard output or error takes no more, if so; it is quiet from now on."""
+    failed = None
+    for stream in sys.stderr, sys.stdout:
+        try:
+            stream.flush()
+        except OSError as e:
+            failed, null = e, os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+    return failed
 
 
 def visible(text: str) -> str:
     """The text with control characters and line ends escaped: it may come from a file."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def half_characters(text: str) -> bool:
+    """Whether text holds lone surrogates: from bytes that are no UTF-8, or JSON such as "\\ud800".
+    """
+    return bool(re.search("[\ud800-\udfff]", text))
 
 
 def refuse(*cases: tuple[object, str]):
@@ -80,6 +171,10 @@ def refuse(*cases: tuple[object, str]):
 
 
 # ---------------------------------------------------------------- writing
+
+CHECKPOINT_FILES = ("model*.safetensors*", "config.json", "generation_config.json", "tokenizer*",
+                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
 
 def check_writable(path):
     """Refuse an output path that cannot be written, before the work whose result belongs there.
@@ -94,28 +189,67 @@ def check_writable(path):
          f"cannot write {path}: {path.parent} is not a directory; make it first"),
         (not os.access(path.parent, os.W_OK),
          f"cannot write {path}: no permission to write in {path.parent}; choose another place"),
-        (path.is_dir(), f"cannot write {path}: it is a directory; name a file, or remove it"))
+        (path.is_dir(), f"cannot write {path}: it is a directory; name a file, or remove it"),
+        (path.exists() and not path.is_file(),
+         f"cannot write {path}: it is not a plain file; name another"))
+
+
+def check_apart(writes: dict[str, Path | None], reads: dict[str, Path | None]):
+    """Refuse outputs that are one file with each other or with an input, {flag: path or None}.
+
+    Of an input that is a checkpoint directory its own files count. Links are followed.
+    """
+    inputs = [(flag, path) for flag, path in reads.items() if path and not path.is_dir()]
+    inputs += [(f"a file of {flag}", file) for flag, path in reads.items() if path and path.is_dir()
+               for name in CHECKPOINT_FILES for file in path.glob(name)]
+    outputs = [(flag, path) for flag, path in writes.items() if path]
+    for i, (flag, path) in enumerate(outputs):
+        for other, file in outputs[:i] + inputs:
+            refuse((os.path.realpath(path) == os.path.realpath(file)
+                    or path.exists() and file.exists() and path.samefile(file),
+                    f"{flag} {path} is also {other}; name another"))
 
 
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside `path` (a file or a directory to be made).
 
-    It is renamed to `path` on success and removed on failure.
+    It is renamed to `path` on success and removed on failure; what a killed run left there is
+    removed first.
     """
     path = Path(path)
     check_writable(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for left in path.parent.iterdir():
+            name = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.tmp", left.name)
+            if name and not runs(int(name[1])):
+                remove(left)
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from e
     finally:
-        if tmp.is_dir():
-            shutil.rmtree(tmp)
-        else:
-            tmp.unlink(missing_ok=True)
+        remove(tmp)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs, as far as this system tells."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        pass
+    return True
+
+
+def remove(path: Path):
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_directory(path):
@@ -138,21 +272,63 @@ def write_json(path, value):
 
 # ---------------------------------------------------------------- reading
 
-def read_json(path) -> dict:
-    """The object in a JSON file; raises UserError naming the file."""
-    refuse((not Path(path).exists(), f"{path} does not exist"))
+def read_json(path, kinds=()) -> dict:
+    """The object in a JSON file, its values of their `kinds` {key: Kind}.
+
+    Raises UserError naming the file.
+    """
+    refuse((not os.path.exists(path), f"{path} does not exist"))
     data = read_bytes(path)
     try:
-        value = json.loads(data.decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
-        return value
-    except (ValueError, RecursionError) as e:
+        value = parse_json(data)
+    except ValueError as e:
         raise UserError(f"{path} cannot be read as JSON: {not_the_file(data) or e}") from None
+    check_kinds(value, kinds, path)
+    return value
+
+
+def parse_json(data: bytes, halves=False) -> dict:
+    """The object in JSON text, UTF-8 with or without a BOM; raises ValueError saying what is wrong.
+
+    Refuses what Python takes and others do not: NaN, infinities and, without `halves`, half
+    characters.
+    """
+    def constant(name):
+        raise OverflowError(f"{name} is no JSON number")
+
+    def number(text):
+        return x if math.isfinite(x := float(text)) else constant(text)
+
+    try:
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=constant, parse_float=number)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        if not halves and re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate); write the whole character"
+                         ) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except OverflowError as e:
+        raise ValueError(str(e)) from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f"not JSON ({e})") from None
+
+
+def check_file(path):
+    """Refuse a path of which reading may never end: a pipe, a device, a socket."""
+    mode = Path(path).stat().st_mode
+    refuse((not stat.S_ISREG(mode) and not stat.S_ISDIR(mode),
+            f"cannot read {path}: it is not a plain file; write its content to one"))
 
 
 def read_bytes(path) -> bytes:
     try:
+        check_file(path)
         return Path(path).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
@@ -169,9 +345,77 @@ def not_the_file(data: bytes) -> str | None:
     return None
 
 
+def json_values(metadata: dict[str, str] | None, kinds: dict[str, "Kind"], where) -> dict:
+    """The values of their `kinds` that a safetensors file's metadata holds as JSON."""
+    values = {}
+    for key in kinds.keys() & (metadata or {}).keys():
+        try:
+            values |= parse_json(f'{{"{key}": {metadata[key]}}}'.encode())
+        except ValueError as e:
+            raise UserError(f"{where}: its {key} cannot be read: {e}") from None
+    check_kinds(values, kinds, where)
+    return values
+
+
 def file_hash(path) -> str:
     """16 hex digits of a file's SHA-256."""
     return hashlib.sha256(read_bytes(path)).hexdigest()[:16]
+
+
+LARGEST = sys.float_info.max
+
+
+class Kind(NamedTuple):
+    """What a JSON value must be, in words and as a test. One not `needed` may be missing or null.
+    """
+    says: str
+    holds: Callable[[object], bool]
+    needed: bool = False
+
+    def __or__(self, other: "Kind") -> "Kind":
+        return Kind(f"{self.says} or {other.says}", lambda v: self.holds(v) or other.holds(v))
+
+
+def whole(low: int, high: int = 1 << 53) -> Kind:
+    """A whole number from low to high."""
+    return Kind(f"a whole number from {low:,}" + (f" to {high:,}" if high < 1 << 53 else ""),
+                lambda v: type(v) is int and low <= v <= high)
+
+
+def number(low: float = -LARGEST, high: float = LARGEST, above=False) -> Kind:
+    """A number from low (or `above` it) to high."""
+    says = "a number" + (f" {'above' if above else 'from'} {low:g}" if low > -LARGEST else "")
+    return Kind(says + (f" up to {high:g}" if high < LARGEST else ""),
+                lambda v: type(v) in (int, float) and low <= v <= high and not (above and v == low))
+
+
+def list_of(kind: Kind, name: str) -> Kind:
+    return Kind(f"a list of {name}", lambda v: isinstance(v, list) and all(map(kind.holds, v)))
+
+
+TEXT = Kind("a text", lambda v: isinstance(v, str))
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+OBJECT = Kind("an object", lambda v: isinstance(v, dict))
+
+
+def needed(kinds: dict[str, Kind]) -> dict[str, Kind]:
+    return {key: kind._replace(needed=True) for key, kind in kinds.items()}
+
+
+def check_kinds(value: dict, kinds, where):
+    """Refuse an object in which a value is not of its kind, {key: Kind}; it may have other keys."""
+    for key, kind in dict(kinds).items():
+        found = value.get(key)
+        refuse((found is None and kind.needed, f"{where}: {key!r} is missing; it must be "
+                f"{kind.says}"),
+               (found is not None and not kind.holds(found),
+                f"{where}: {key} is {shown(found)}; it must be {kind.says}"))
+
+
+def shown(value, length=60) -> str:
+    """A JSON value for a message, cut where it is long."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 class Line(NamedTuple):
@@ -186,8 +430,9 @@ class Line(NamedTuple):
         return int(self.where.rsplit(" ", 1)[1])
 
 
-def json_lines(path, holding: str | None = None, torn=lambda tail: False) -> list[Line]:
-    """The objects of a JSON Lines file, blank lines left out.
+def json_lines(path, holding: str | None = None, torn=lambda tail: False,
+               kinds=(), halves=False) -> list[Line]:
+    """The objects of a JSON Lines file, their values of their `kinds`; blank lines are left out.
 
     Takes UTF-8 with or without a BOM, LF or CRLF, gzip, and U+2028 inside strings. Raises UserError
     naming file and line; with `holding` ("examples") also for a file that holds none. An unfinished
@@ -197,25 +442,21 @@ def json_lines(path, holding: str | None = None, torn=lambda tail: False) -> lis
     if data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             raise UserError(f"cannot read {path}: it is not whole gzipped text") from None
     lines, end = [], 0
     for number, raw in enumerate(data.split(b"\n"), 1):  # not splitlines, which cuts at U+2028 too
         start, end = end, end + len(raw) + 1
         where = f"{path}, line {number}"
-        text = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-        if not text.strip():
+        if not (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).strip():
             continue
         try:
-            value = json.loads(text.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8 text") from None
-        except ValueError:
+            value = parse_json(raw, halves)
+        except ValueError as e:
             if end > len(data) and torn(raw):
                 break
-            raise UserError(f"{where}: not JSON") from None
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: not a JSON object")
+            raise UserError(f"{where}: {e}") from None
+        check_kinds(value, kinds, where)
         lines.append(Line(where, value, start, end))
     if holding and not lines:
         raise UserError(f"{path} holds no {holding}")
@@ -226,6 +467,7 @@ def open_weights(path, device="cpu"):
     """safe_open, memory-mapped, tensors made on `device`; a damaged file is named in a UserError.
     """
     try:
+        check_file(path)
         return safe_open(path, framework="pt", device=str(device))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
@@ -233,6 +475,16 @@ def open_weights(path, device="cpu"):
         with contextlib.suppress(OSError), open(path, "rb") as f:
             e = not_the_file(f.read(1000)) or e
         raise UserError(f"{path} is damaged or truncated ({e}); fetch it again") from None
+
+
+def is_finite(tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    if tensor.itemsize == 1:  # float8_e4m3fn: only NaN is not finite
+        return bool((tensor.view(tensor.new_empty(0).byte().dtype) & 127).amax() < 127)
+    low, high = tensor.aminmax()  # NaN if any is
+    return bool(low > -math.inf and high < math.inf)
 
 
 def write_tensors(path, tensors: dict, metadata: dict[str, str]):
@@ -257,12 +509,12 @@ class AnswerLog:
     """
 
     def __init__(self, path: Path, settings: dict | None = None, about: Path | None = None,
-                 torn=lambda tail: True):
+                 torn=lambda tail: True, kinds=()):
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
         self.path, self.settings, self.about, self.fd = path, settings, about, None
         self.size = path.stat().st_size if path.exists() else 0  # when it was read
-        self.lines = json_lines(path, torn=torn) if path.exists() else []
+        self.lines = json_lines(path, None, torn, kinds, halves=True) if path.exists() else []
 
     @property
     def values(self) -> list[dict]:
@@ -337,7 +589,8 @@ class AnswerLog:
             path.unlink(missing_ok=True)
 
 
-def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=()) -> dict:
+def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(),
+                   kinds=()) -> dict:
     """The settings that the log `answers` was made with, or {} if there is none yet.
 
     Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
@@ -348,7 +601,7 @@ def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(
             raise UserError(f"{answers} is there without {about.name}, so how it was made is "
                             "unknown; take another --out")
         return {}
-    saved = read_json(about)
+    saved = read_json(about, kinds)
     unknown = {k for k in optional if None in (saved.get(k), now.get(k))}
     changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items()
                if key not in ignored and key not in unknown and saved.get(key) != value]

@@ -6,7 +6,6 @@ Weights stream from file to file some rows at a time, so memory does not grow wi
 directory is written under a temporary name and renamed when it is whole. The tokenizer's files are
 kept as they are. RoPE keeps Hugging Face's layout.
 """
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +34,8 @@ from common import (
     read_json,
     refuse,
     run,
+    say,
+    tell,
 )
 from load import dtype_name, read_vocabulary
 from model import DTYPES, ModelConfig
@@ -114,17 +115,15 @@ def main():
         if (source / name).exists() and (why := not_the_file(read_bytes(source / name))):
             raise UserError(f"{source / name}: {why}; fetch it again")
     if args.dtype == "bfloat16" and (kinds := kept_better(source)):
-        print(f"{source}: weights of {kinds} are rounded to bfloat16; --dtype float32 keeps them",
-              file=sys.stderr)
+        tell(f"{source}: weights of {kinds} are rounded to bfloat16; --dtype float32 keeps them")
     if untied:
-        print(f"{source}: lm_head.weight differs from the embedding, so both are kept as "
-              "transformers does, although config.json says tie_word_embeddings: true",
-              file=sys.stderr)
+        tell(f"{source}: lm_head.weight differs from the embedding, so both are kept as "
+             "transformers does, although config.json says tie_word_embeddings: true")
     # transformers 5 writes the key "dtype" instead.
     hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}
     write_checkpoint(source, out, planned, hf, {path.name: read_bytes(path)})
-    print(f"{source} -> {out}: {sum(t.shape.numel() for t in planned.values()):,} parameters in "
-          f"{args.dtype}")
+    say(f"{source} -> {out}: {sum(t.shape.numel() for t in planned.values()):,} parameters in "
+        f"{args.dtype}")
 
 
 if __name__ == "__main__":

@@ -32,14 +32,23 @@ import torch
 import graphs
 from checkpoint import fingerprint
 from common import (
+    FLAG,
+    TEXT,
     AnswerLog,
     Parser,
     UserError,
+    check_apart,
     check_writable,
     file_hash,
+    list_of,
     make_directory,
+    needed,
+    number,
     refuse,
     saved_settings,
+    say,
+    tell,
+    whole,
     write_json,
     write_text,
 )
@@ -64,10 +73,21 @@ from tokenizer import cut_at_stop, stop_check
 
 DEFAULT = "standard,topk:3"  # rules, after PLAIN and before those that need the judge
 ABOUT = "rules", "target_name", "draft_name"  # settings that answers do not depend on
+WRITES = ("answers.jsonl", "settings.json", "results.json", "results.md", "accuracy.png",
+          "replay.json", "replay.md")  # in --out
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
 
 # ---------------------------------------------------------------- settings and saved answers
+
+ANSWER = needed(dict(rule=TEXT, id=TEXT, domain=TEXT, right=FLAG, how=TEXT, text=TEXT,
+                     tokens=list_of(whole(0), "ids"), seconds=number(0), rounds=whole(0),
+                     accepted=whole(0)))
+SETTINGS = needed(dict(task=TEXT, data=TEXT, target=TEXT, target_name=TEXT, device=TEXT, dtype=TEXT,
+                       speculate_k=whole(1), chat=FLAG, compile=FLAG, processes=whole(1),
+                       rules=list_of(TEXT, "texts"))) | dict(
+    draft=TEXT, draft_name=TEXT, judge=TEXT, ranks=whole(1))
+
 
 def settings_of(args) -> dict:
     """What answers depend on, speeds included, and ABOUT: the content of settings.json."""
@@ -88,11 +108,7 @@ def saved_answers(log: AnswerLog) -> dict:
     """{(rule, id): answer} of answers.jsonl."""
     answers = {}
     for line in log.lines:
-        try:
-            answers.setdefault((line.value["rule"], line.value["id"]), line.value)
-        except (KeyError, TypeError):
-            raise UserError(f"{line.where}: not an answer; the file is damaged, remove that "
-                            "line") from None
+        answers.setdefault((line.value["rule"], line.value["id"]), line.value)
     return answers
 
 
@@ -228,7 +244,7 @@ class Progress:
             print("\r" + line[:width].ljust(width), end="\n" if self.done == self.total else "",
                   file=sys.stderr, flush=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            tell(line)
 
 
 def evaluate(args):
@@ -237,10 +253,10 @@ def evaluate(args):
         return generate_along(args)
     examples, now = make_task(args).load(args.data, args.limit), settings_of(args)
     path, about = args.out / "answers.jsonl", args.out / "settings.json"
-    saved = saved_settings(about, path, now, ignored=ABOUT, optional=("draft", "judge"))
+    saved = saved_settings(about, path, now, ABOUT, ("draft", "judge"), SETTINGS)
     settings = saved | {k: v for k, v in now.items() if v is not None or k not in saved}
     settings["rules"] = list(dict.fromkeys([*saved.get("rules", ()), *args.rules]))
-    log = AnswerLog(path, settings, about)
+    log = AnswerLog(path, settings, about, kinds=ANSWER)
     done = saved_answers(log)
     units = [(rule, i) for i, e in enumerate(examples) for rule in args.rules]
     progress, missing = Progress(args.rules, len(units)), []
@@ -250,7 +266,7 @@ def evaluate(args):
         else:
             missing.append((rule, i))
     if done:
-        print(f"{progress.done} of {len(units)} answers are there already", file=sys.stderr)
+        tell(f"{progress.done} of {len(units)} answers are there already")
     job.broadcast((examples, missing))
     for answer in make_answers(args, examples, missing) if missing else ():
         make_directory(args.out)
@@ -273,11 +289,12 @@ def rescore(args):
     """Score the saved answers anew and report on them; no model is loaded."""
     path, task = args.out / "answers.jsonl", make_task(args)
     saved = saved_settings(args.out / "settings.json", path,
-                           {"task": args.task, "data": file_hash(args.data)})
-    log = AnswerLog(path)
+                           {"task": args.task, "data": file_hash(args.data)}, kinds=SETTINGS)
+    log = AnswerLog(path, kinds=ANSWER)
     answers, examples = saved_answers(log), {e["id"]: e for e in task.load(args.data)}
-    if not answers:
-        raise UserError(f"{args.out} holds no answers")
+    refuse((not answers, f"{args.out} holds no answers"),
+           *((i not in examples, f"{path} has an answer to {i}, which {args.data} has not")
+             for _, i in answers))
     log.open()  # refused while a run still adds to it
     for answer in answers.values():
         score = task.score(examples[answer["id"]], answer["text"])
@@ -294,15 +311,16 @@ def conclude(out: Path, answers: dict, settings: dict):
     """
     results = report.summarise(answers, settings)
     text = report.markdown(results)
-    print(text, end="")
     write_json(out / "results.json", results)
     write_text(out / "results.md", text)
-    if note := report.plot(results, out / "accuracy.png"):
-        print(note, file=sys.stderr)
+    note = report.plot(results, out / "accuracy.png")
+    say(text.removesuffix("\n"))
+    if note:
+        tell(note)
     same = results["standard_equals_target"]
     if settings["dtype"] == "float32" and same and same["different"]:
-        print(f"error: {report.verdict(results)}. In float32 it must not differ: something is "
-              "wrong with the models or with this program", file=sys.stderr)
+        tell(f"error: {report.verdict(results)}. In float32 it must not differ: something is "
+             "wrong with the models or with this program")
         sys.exit(1)
 
 
@@ -328,12 +346,12 @@ def show_replay(args):
         for rule, m in results.items())])
     text = (f"{args.replay.name}: {len(texts)} texts, {total} tokens, as drafts for "
             f"{args.target.resolve().name}, K = {args.speculate_k}, greedy\n\n{table}\n")
-    print(text, end="")
     if args.out:
         make_directory(args.out)
         write_json(args.out / "replay.json", {"texts": len(texts), "tokens": total,
                                               "speculate_k": args.speculate_k, "rules": results})
         write_text(args.out / "replay.md", text)
+    say(text.removesuffix("\n"))
 
 
 # ---------------------------------------------------------------- command line
@@ -411,6 +429,10 @@ def check_args(args):
             graphs.check_compiler(args.device)
     if args.out:
         check_writable(args.out / "answers.jsonl" if args.out.is_dir() else args.out)
+        for name in WRITES:
+            check_apart({f"--out's {name}:": args.out / name}, {
+                "--data": args.data, "--replay": args.replay, "--target": args.target,
+                "--draft": args.draft, "--judge": args.judge})
 
 
 def main(argv=None):

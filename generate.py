@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import graphs
-from common import Parser, check_writable, refuse, write_json
+from common import Parser, check_apart, check_writable, refuse, tell, write_json
 from engine import Engine, LlamaDrafter, Result, generate
 from judge import RULES
 from linear import product_path
@@ -72,10 +72,6 @@ def summary(r: Result) -> str:
         return f"target alone: {line}"
     return (f"{r.accept}: {line}, {r.rounds} rounds, {r.mean_accepted:.2f} drafted tokens accepted "
             f"and {r.tokens_per_round:.2f} made per round")
-
-
-def tell(line: str):
-    print(line, file=sys.stderr)
 
 
 def slower_paths(e: Engine, compiled: bool) -> list[str]:
@@ -161,6 +157,8 @@ def check_args(args):
         graphs.check_compiler(args.device)
     if args.json:
         check_writable(args.json)
+        check_apart({"--json": args.json}, {"--target": args.target, "--draft": args.draft,
+                                            "--judge": args.judge})
 
 
 def main():

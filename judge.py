@@ -16,9 +16,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from common import open_weights, refuse, write_tensors
+from common import is_finite, json_values, list_of, number, open_weights, refuse, write_tensors
 
 FORMAT = "1"
+SAID = {"threshold": number(0, 1)._replace(needed=True),
+        "curve": list_of(list_of(number(0, 1), "numbers"), "rows")}
 SURE = 0.9  # kl: above this top-1 probability of the target only the standard test applies
 
 
@@ -183,28 +185,26 @@ class JudgeHead(nn.Module):
     def save(self, path):
         """Write the judge file; the same head gives the same bytes."""
         metadata = {"format": FORMAT, "dim": str(self.weight.shape[1]), "target": self.target,
-                    "threshold": repr(self.threshold)}
-        if self.curve:
-            metadata["curve"] = json.dumps(self.curve)
+                    "threshold": repr(self.threshold), "curve": json.dumps(self.curve)}
         write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path, dim: int, target: str, target_name: str, parent: str | None = None):
-        """The head in a judge file, for a target of width `dim` and fingerprint `target`.
-
-        parent: fingerprint of the checkpoint the target was quantized from; its judge is taken too,
-        since the hidden states differ by rounding only. Raises UserError for any other judge.
+        """The head in a judge file, for a target of width `dim` and fingerprint `target`, or of
+        the `parent` it was quantized from; raises UserError for any other, or a damaged one.
         """
         with open_weights(path) as f:
             meta = f.metadata() or {}
             refuse((meta.get("format") != FORMAT or sorted(f.keys()) != ["bias", "weight"],
                     f"{path} is not a judge file of format {FORMAT}; make one with train_judge.py"))
-            curve = tuple(map(tuple, json.loads(meta.get("curve", "[]"))))
-            head = cls(f.get_tensor("weight"), f.get_tensor("bias"), float(meta["threshold"]),
-                       meta["target"], curve)
+            said = json_values(meta, SAID, path)
+            head = cls(f.get_tensor("weight"), f.get_tensor("bias"), said["threshold"],
+                       meta.get("target", ""), tuple(map(tuple, said.get("curve", ()))))
         advice = "train one for this target with train_judge.py"
         refuse((head.weight.shape != (1, dim), f"judge {path} is for a target of width "
-                f"{head.weight.shape[-1]}, but {target_name} has width {dim}; {advice}"),
+                f"{head.weight.numel()}, but {target_name} has width {dim}; {advice}"),
                (head.target not in (target, parent), f"judge {path} was trained on target "
-                f"{head.target}, but {target_name} is {target}; {advice}"))
+                f"{head.target}, but {target_name} is {target}; {advice}"),
+               (head.bias.shape != (1,) or not all(map(is_finite, head.parameters())),
+                f"judge {path} is damaged: it holds NaN or not one bias; {advice}"))
         return head

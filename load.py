@@ -4,7 +4,6 @@ draft, tokenizer and judge; under torchrun each rank's shares.
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ import torch
 
 import checkpoint
 import tp
-from common import UserError, file_hash, refuse
+from common import UserError, file_hash, refuse, tell
 from engine import SPAN
 from judge import RULES, JudgeHead, Rule
 from model import DTYPES, ModelConfig, Transformer
@@ -218,5 +217,5 @@ def run_whole(name, config: ModelConfig, device: str, dtype: torch.dtype) -> boo
     how = "whole on each rank" if whole else f"shared by {n} ranks"
     layer = f"{tp.layer_bytes(config, dtype) / 1e6:.3g} MB a layer"
     why = f"{why} cannot be shared" if why else layer
-    print(f"{name} runs {how}: {why}", file=sys.stderr)
+    tell(f"{name} runs {how}: {why}")
     return whole

@@ -27,16 +27,26 @@ from tqdm import tqdm
 
 from checkpoint import fingerprint, read_config
 from common import (
+    FLAG,
+    OBJECT,
+    TEXT,
     AnswerLog,
     Line,
     Parser,
     UserError,
+    check_apart,
     check_writable,
     file_hash,
     json_lines,
+    list_of,
+    needed,
+    number,
     refuse,
     replacing,
     saved_settings,
+    say,
+    visible,
+    whole,
 )
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
@@ -56,12 +66,16 @@ from ranks.memory import check_memory, reserved
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
+ANSWER = needed(dict(prompt=TEXT, answer=TEXT, source_model=TEXT, chat=FLAG, ended=FLAG,
+                     max_new_tokens=whole(1))) | dict(task=TEXT, right=FLAG, example=OBJECT)
+SAVED = ANSWER | needed(dict(id=TEXT, temperature=number(0), sample=whole(0)))
+MINED = dict(left_out=TEXT, lines=list_of(OBJECT, "objects"))
 
 
-def open_log(path: Path, settings: dict) -> AnswerLog:
+def open_log(path: Path, settings: dict, kinds) -> AnswerLog:
     """The log at `path`; models may join those of earlier runs, other settings must be the same."""
     about = path.with_name(path.name + ".settings.json")
-    saved = saved_settings(about, path, settings, ignored=("models",))
+    saved = saved_settings(about, path, settings, ignored=("models",), kinds={"models": OBJECT})
     old, new = saved.get("models", {}), settings["models"]
     changed = [f"model {name} was {old[name]}, now {value}"
                for name, value in new.items() if old.get(name, value) != value]
@@ -71,7 +85,7 @@ def open_log(path: Path, settings: dict) -> AnswerLog:
     if changed:
         raise UserError(f"{path} was made with other settings: {'; '.join(changed)}. Take another "
                         "--out, or remove this one")
-    return AnswerLog(path, settings | {"models": old | new}, about)
+    return AnswerLog(path, settings | {"models": old | new}, about, kinds=kinds)
 
 
 # ---------------------------------------------------------------- generate
@@ -110,8 +124,8 @@ def plain(line: Line) -> dict:
         kind = "prompt"
     elif isinstance(turns, list) and turns:
         text = turns[0]
-    elif isinstance(instruction, str):
-        text = "\n\n".join(filter(None, (instruction, value.get("input"))))
+    elif isinstance(instruction, str) and isinstance(more := value.get("input") or "", str):
+        text = "\n\n".join(filter(None, (instruction, more)))
     if not isinstance(text, str) or not text:
         raise UserError(f'{line.where}: no prompt in it; a line has "prompt", "turns" or '
                         f'"instruction", or is one of {", ".join(TASKS)}')
@@ -157,7 +171,7 @@ def make_answers(args):
         "max_new_tokens": args.max_new_tokens, "seed": args.seed,
         "device": torch.device(args.device).type,
         "dtype": dtype_name(args.dtype),
-        "models": {name: fingerprint(d) for name, d in models.items()}})
+        "models": {name: fingerprint(d) for name, d in models.items()}}, SAVED)
     done = {(a["source_model"], a["id"], a["temperature"], a["sample"]) for a in log.values}
     settings = [(t, sample) for t in args.temperatures
                 for sample in range(args.samples if t else 1)]
@@ -167,7 +181,7 @@ def make_answers(args):
             units = [(p, t, sample) for p in prompts for t, sample in settings
                      if (name, p["example"]["id"], t, sample) not in done]
             bar.update(each - len(units))
-            bar.set_description(name)
+            bar.set_description(visible(name))
             if units:
                 job.broadcast((i, units))
             for line in answers(args, i, units) if units else ():
@@ -179,9 +193,9 @@ def make_answers(args):
     log.close()
     lines = log.values
     right = [a["right"] for a in lines if "right" in a]
-    print(f"{len(lines):,} answers to {len({a['id'] for a in lines}):,} prompts, "
-          f"{sum(not a['ended'] for a in lines):,} of them cut off"
-          + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
+    say(f"{len(lines):,} answers to {len({a['id'] for a in lines}):,} prompts, "
+        f"{sum(not a['ended'] for a in lines):,} of them cut off"
+        + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
 
 
 def answers(args, i: int, units):
@@ -236,20 +250,15 @@ def seed_of(*parts) -> int:
 
 def read_answers(path: Path) -> list[dict]:
     """The lines of `generate`, with "where"; raises UserError naming a line that is not one."""
-    kinds = {"prompt": str, "answer": str, "source_model": str, "chat": bool, "ended": bool,
-             "max_new_tokens": int}
     answers = []
-    for line in json_lines(path, holding="examples"):
+    for line in json_lines(path, holding="examples", kinds=ANSWER):
         value, where = line.value, line.where
         task = value.get("task")
-        needed = kinds | ({"right": bool, "example": dict} if task else {})
-        bad = next((key for key, kind in needed.items() if not isinstance(value.get(key), kind)),
-                   None)
-        if bad or not value["prompt"]:
-            raise UserError(f"{where}: {bad or 'prompt'!r} is missing or not what `generate` "
-                            "writes there")
-        if task and (task not in TASKS or missing(TASKS[task], value["example"])):
-            raise UserError(f"{where}: 'task' is {task!r}, but 'example' is none of its examples")
+        refuse((not value["prompt"], f"{where}: 'prompt' is empty"),
+               (task and (task not in TASKS or value.get("right") is None
+                          or missing(TASKS[task], value.get("example") or {})),
+                f"{where}: 'task' is {task!r}, but 'right' is missing or 'example' is none of its "
+                "examples"))
         answers.append(value | {"where": where})
     return answers
 
@@ -384,7 +393,7 @@ def mine(args):
         "data": file_hash(args.data), "method": args.method, "search": args.search,
         "device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
         "models": {name: fingerprint(d)
-                   for name, d in (("target", args.target), ("draft", args.draft)) if d}})
+                   for name, d in (("target", args.target), ("draft", args.draft)) if d}}, MINED)
     results = log.values
     todo = units[len(results):]
     job.broadcast(todo and (with_checker, todo))
@@ -398,14 +407,14 @@ def mine(args):
     found = [line for r in results for line in r.get("lines", ())]
     write_lines({args.out: found})
     log.remove()
-    print(f"{len(found):,} lines of {len(units):,} "
-          f"{'prompts' if args.method == 'autojudge' else 'answers'}, "
-          f"{sum(line['error'] is not None for line in found):,} with an error -> {args.out}")
+    say(f"{len(found):,} lines of {len(units):,} "
+        f"{'prompts' if args.method == 'autojudge' else 'answers'}, "
+        f"{sum(line.get('error') is not None for line in found):,} with an error -> {args.out}")
     left_out = Counter(r["left_out"] for r in results if "left_out" in r)
     if without := len(lines) - len(with_checker):
         left_out["no checker"] = without
     if left_out:
-        print("left out: " + "; ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items())))
+        say("left out: " + "; ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items())))
 
 
 # ---------------------------------------------------------------- merge
@@ -449,10 +458,10 @@ def merge(args):
     rows = [summary(name, part, tokenizer) for name, part in parts.items()]
     plain = lambda part: [{k: v for k, v in e.items() if k not in ("where", "line")} for e in part]
     write_lines({args.train: plain(parts["train"]), args.val: plain(parts["val"])})
-    print("\n".join(rows))
+    say("\n".join(rows))
     if again:
-        print(f"{again:,} answers came twice and were dropped, {otherwise:,} of them marked "
-              "otherwise than the first time")
+        say(f"{again:,} answers came twice and were dropped, {otherwise:,} of them marked "
+            "otherwise than the first time")
 
 
 def summary(name: str, part: list[dict], tokenizer: Tokenizer | None) -> str:
@@ -555,10 +564,13 @@ def check_args(args):
         (autojudge and given("search"), "--search is for --method first_error; leave it out"),
         (merging and not 0 < given("val_share") < 1,
          f"--val_share is {given('val_share')}; it must be between 0 and 1"),
-        (merging and given("train") == given("val"), "--train and --val are the same file"),
         (merging and job.world() > 1, "merge runs no model; start it with python"))
-    for path in (args.train, args.val) if merging else (args.out,):
-        check_writable(path)
+    writes = ("train", "val") if merging else ("out",)
+    for flag in writes:
+        check_writable(given(flag))
+    named = lambda flags: {f"--{flag}": given(flag) for flag in flags}
+    lists = {f"{path}": path for path in [*(given("models") or ()), *(given("files") or ())]}
+    check_apart(named(writes), lists | named(("prompts", "data", "target", "draft")))
 
 
 def main(argv=None):

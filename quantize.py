@@ -8,7 +8,6 @@ embedding; linear.py says what each mode does. Weights stream from file to file 
 so memory does not grow with the model. Weights are rounded to the nearest value, without
 calibration data.
 """
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from checkpoint import (
     weight_files,
     write_checkpoint,
 )
-from common import Parser, UserError, check_writable, read_json, refuse, run
+from common import Parser, UserError, check_writable, read_json, refuse, run, say, tell
 from linear import GROUP_SIZES, MODES, Quantization, QuantizedLinear
 from model import ModelConfig, Transformer
 
@@ -103,10 +102,9 @@ def main():
                  if (source / name).exists()}
     write_checkpoint(source, out, planned, hf, tokenizer)
     before, after = (sum(f.stat().st_size for f in weight_files(d)) for d in (source, out))
-    print(f"{source} -> {out}: {args.mode}, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
+    say(f"{source} -> {out}: {args.mode}, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
     if args.mode == "fp8":
-        print("fp8 runs on a GPU of compute capability 8.9 or better only (Ada, Hopper and later)",
-              file=sys.stderr)
+        tell("fp8 runs on a GPU of compute capability 8.9 or better only (Ada, Hopper and later)")
 
 
 if __name__ == "__main__":

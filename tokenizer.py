@@ -14,7 +14,20 @@ from pathlib import Path
 
 import tokenizers
 
-from common import UserError, not_the_file, read_bytes, read_json, refuse
+from common import (
+    FLAG,
+    OBJECT,
+    TEXT,
+    UserError,
+    check_kinds,
+    list_of,
+    not_the_file,
+    read_bytes,
+    read_json,
+    refuse,
+    shown,
+    whole,
+)
 from formats import model_file
 from formats.template import TemplateError, render
 
@@ -24,8 +37,19 @@ OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 # ---------------------------------------------------------------- what the files declare
 
-def optional_json(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+ID, TOKEN = whole(0), TEXT | OBJECT
+SETTINGS = dict(
+    added_tokens_decoder=OBJECT, chat_template=TEXT | list_of(OBJECT, "objects"),
+    add_bos_token=FLAG, add_eos_token=FLAG, legacy=FLAG, add_prefix_space=FLAG,
+    extra_special_tokens=OBJECT | list_of(TOKEN, "tokens"),
+    additional_special_tokens=list_of(TOKEN, "tokens"))
+FLAGS = dict(content=TEXT._replace(needed=True),
+             **dict.fromkeys(("special", "lstrip", "rstrip", "single_word", "normalized"), FLAG))
+EOS = dict(eos_token_id=ID | list_of(ID, "ids"), model_type=TEXT)
+
+
+def optional_json(path: Path, kinds=()) -> dict:
+    return read_json(path, kinds) if path.exists() else {}
 
 
 def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
@@ -35,20 +59,24 @@ def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
     transformers, special_tokens_map.json and added_tokens.json count only where tokenizer_config
     .json has no added_tokens_decoder.
     """
-    settings = optional_json(directory / "tokenizer_config.json")
+    path = directory / "tokenizer_config.json"
+    settings = optional_json(path, SETTINGS)
     table = settings.get("added_tokens_decoder")
     if table is None:
-        settings |= optional_json(directory / "special_tokens_map.json")
-        special = set(special_texts(settings))
-        table = {i: {"content": text, "special": text in special, "normalized": text not in special}
-                 for text, i in optional_json(directory / "added_tokens.json").items()}
-    keys = "content", "special", "lstrip", "rstrip", "single_word", "normalized"
-    try:
-        return settings, {int(i): {k: token[k] for k in keys if k in token}
-                          for i, token in sorted(table.items(), key=lambda item: int(item[0]))}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{directory}: the added tokens of tokenizer_config.json or "
-                        "added_tokens.json are not ids with tokens; fetch the file again") from None
+        settings |= optional_json(directory / "special_tokens_map.json", SETTINGS)
+        special, path = set(special_texts(settings)), directory / "added_tokens.json"
+        added = optional_json(path)
+        check_kinds(added, dict.fromkeys(added, ID), path)
+        table = {str(i): {"content": text, "special": text in special,
+                          "normalized": text not in special}
+                 for text, i in added.items() if i is not None}
+    for i, token in table.items():
+        refuse((not (i.isascii() and i.isdigit()) or len(i) > 9 or not isinstance(token, dict),
+                f"{path}: the added token {shown(i)} is {shown(token)}, not an id and a token; "
+                "fetch the file again"))
+        check_kinds(token, FLAGS, f"{path}, added token {i}")
+    return settings, {int(i): {k: table[i][k] for k in FLAGS if table[i].get(k) is not None}
+                      for i in sorted(table, key=int)}
 
 
 def named_tokens(settings: dict) -> dict[str, str | None]:
@@ -101,7 +129,7 @@ class Tokenizer:
     def __init__(self, directory: Path, path: Path):
         self.directory, self.path, self._lock = directory, path, threading.Lock()
         self.settings, table = declared(directory)
-        config, generation = (optional_json(directory / name) for name in (
+        config, generation = (optional_json(directory / name, EOS) for name in (
             "config.json", "generation_config.json"))
         with said_by_library(path):
             names = self._read(read_bytes(path), config.get("model_type"))
@@ -120,10 +148,7 @@ class Tokenizer:
             self.bos, self.eos = self._around()
         eos = next((c["eos_token_id"] for c in (generation, config)
                     if c.get("eos_token_id") is not None), self._id("eos_token"))
-        ids = eos if isinstance(eos, list) else [eos]
-        refuse((not all(type(i) is int for i in ids), f"{directory}: eos_token_id is {eos!r}, not "
-                "a token's id or a list of them"))
-        self.eos_ids = tuple(dict.fromkeys(ids))
+        self.eos_ids = tuple(dict.fromkeys(eos if isinstance(eos, list) else [eos]))
 
     @classmethod
     def from_dir(cls, checkpoint_dir) -> "Tokenizer":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tp
 from checkpoint import fingerprint, read_config
-from common import Parser, UserError, check_writable, refuse, write_text
+from common import Parser, UserError, check_apart, check_writable, refuse, say, write_text
 from evaluation.report import table
 from judge import JudgeHead, above_threshold
 from judge_data import report
@@ -269,11 +269,10 @@ def check_args(args):
          f"--weight_decay is {args.weight_decay}; it must be at least 0"),
         (not 0 < args.lr < math.inf, f"--lr is {args.lr}; it must be above 0"),
         (args.epochs < 1, f"--epochs is {args.epochs}; it must be at least 1"))
-    paths = [path for path in (args.out, args.report, args.features) if path]
-    for path in paths:
+    writes = {"--out": args.out, "--report": args.report, "--features": args.features}
+    for path in filter(None, writes.values()):
         check_writable(path)
-    if len({path.resolve() for path in paths} | {args.data.resolve()}) <= len(paths):
-        raise UserError("--data, --out, --report and --features must be different files")
+    check_apart(writes, {"--data": args.data, "--target": args.target})
 
 
 def grid_rows(fits: list[Fit], chosen: Fit) -> list[list[str]]:
@@ -325,15 +324,15 @@ def main():
                      report.rates(above_threshold(head(x), head.threshold), y))
     answers = report.judged(examples, encoded, val, scores)
     numbers = report.measure(answers, head.threshold, args.seed)
-    print(about, table(grid_rows(fits, chosen)),
-          report.text(answers, numbers, head.threshold, head.curve), sep="\n\n")
     if args.report:
         title = f"Judge of {args.target.resolve().name} on {args.data.name}"
         write_text(args.report, report.page(title, about, answers, numbers, head.threshold,
                                             head.curve))
-        print(f"\nreport -> {args.report}")
     head.save(args.out)
-    print(f"\njudge of {head.weight.shape[1] + 1:,} parameters -> {args.out}")
+    say("\n\n".join([about, table(grid_rows(fits, chosen)),
+                     report.text(answers, numbers, head.threshold, head.curve),
+                     *[f"report -> {args.report}"] * bool(args.report),
+                     f"judge of {head.weight.shape[1] + 1:,} parameters -> {args.out}"]))
 
 
 if __name__ == "__main__":

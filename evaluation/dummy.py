@@ -2,6 +2,7 @@
 
 Under torchrun n ranks share a model, n = 1 being one that each rank runs whole.
 """
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def find(name: str, quant: str | None, flag: str) -> Source:
     refuse(
         (path.is_dir() and quant, f"--{flag}_quant is for dummy weights; quantize {name} with "
          "quantize.py and give the directory that it writes"),
-        (not path.exists() and name not in PRESETS, f"--{flag} {name} is no preset "
+        (not os.path.exists(name) and name not in PRESETS, f"--{flag} {name} is no preset "
          f"({', '.join(PRESETS)}), no checkpoint directory and no config.json"))
     if path.is_dir():
         return Source(name, read_json(path / "config.json"), path)

@@ -50,7 +50,7 @@ def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[s
         except (KeyError, TypeError):
             raise UserError(f'{where}: no "prompt" and "text" (or "reference"), nor "question" '
                             'and "answer"') from None
-        domain = e.get("domain", e.get("task"))
+        domain = str(e.get("domain", e.get("task")))
         seen[domain] += 1
         if limit is None or seen[domain] <= limit:
             texts.append((where, prompt, text))

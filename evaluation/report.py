@@ -140,7 +140,7 @@ def verdict(r: dict) -> str | None:
 def markdown(r: dict) -> str:
     """results.md, and what is printed."""
     s, rules = r["settings"], r["rules"]
-    names = " with ".join(filter(None, (s["target_name"], s["draft_name"])))
+    names = " with ".join(filter(None, (s["target_name"], s.get("draft_name"))))
     chat, mode = ", chat template" if s["chat"] else "", "compiled" if s["compile"] else "eager"
     parts = [f"{s['task']}: {names}, K = {s['speculate_k']}, greedy, {s['dtype']}, {mode}{chat}, "
              f"{s['device']}, " + (f"{s['ranks']} ranks" if s.get("ranks") else
@@ -215,9 +215,9 @@ def plot(r: dict, path: Path) -> str | None:
     ax.set_xlabel("speed-up over the target alone")
     ax.set_ylabel("accuracy, with 95% intervals")
     s = r["settings"]
-    names = " drafts for ".join(filter(None, (s["draft_name"], s["target_name"])))
+    names = " drafts for ".join(filter(None, (s.get("draft_name"), s["target_name"])))
     ax.set_title(f"{s['task']}: {names}\nK = {s['speculate_k']}, {s['dtype']}, {s['device']}",
-                 fontsize=10.5)
+                 fontsize=10.5, parse_math=False)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.93")

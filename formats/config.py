@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from common import UserError, refuse
+from common import (
+    FLAG,
+    OBJECT,
+    TEXT,
+    UserError,
+    check_kinds,
+    list_of,
+    number,
+    refuse,
+    whole,
+)
 from linear import Quantization
 
 # What transformers' config classes (5.24) take where config.json lacks a key, by model_type. A key
@@ -15,7 +25,6 @@ from linear import Quantization
 ANY = dict(vocab_size=None, hidden_size=None, num_hidden_layers=None, num_attention_heads=None,
            intermediate_size=None, head_dim=None, hidden_act="silu", rms_norm_eps=1e-6,
            tie_word_embeddings=False)
-LARGEST = 1 << 62  # of any number
 QWEN = ANY | dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096,
                   use_sliding_window=False, max_window_layers=28, layer_types=None)
 FAMILIES = {
@@ -28,6 +37,22 @@ FAMILIES = {
 }
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
                  "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+# What values must be: so that no product of sizes overflows, and no RoPE divides by zero.
+SIZE, CONTEXT, TEXTS = whole(1, 1 << 24), whole(1, 1 << 31), list_of(TEXT, "texts")
+KINDS = dict(
+    vocab_size=SIZE, hidden_size=SIZE, intermediate_size=SIZE, num_hidden_layers=whole(1, 1000),
+    num_attention_heads=whole(1, 1 << 16), num_key_value_heads=whole(1, 1 << 16),
+    head_dim=whole(2, 1 << 16), hidden_act=TEXT, rms_norm_eps=number(0, 1, above=True),
+    tie_word_embeddings=FLAG, attention_bias=FLAG, mlp_bias=FLAG, max_position_embeddings=CONTEXT,
+    sliding_window=CONTEXT, use_sliding_window=FLAG, max_window_layers=whole(0), layer_types=TEXTS)
+ROPE_KINDS = dict(
+    rope_type=TEXT, type=TEXT, rope_theta=number(1, 1e30, above=True), truncate=FLAG,
+    original_max_position_embeddings=CONTEXT, partial_rotary_factor=number(),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                     "attention_factor", "mscale", "mscale_all_dim"), number(0, 1e6)))
+OTHER_KINDS = dict(architectures=TEXT | TEXTS, model_type=TEXT, rope_scaling=OBJECT,
+                   rope_parameters=OBJECT, quantization=OBJECT)
+QUANTIZATION_KINDS = dict(mode=TEXT, group_size=whole(1), parent=TEXT)
 MULTIMODAL = "it is a multimodal model, and only text models are supported"
 MIXTURE = "it is a mixture of experts, and only dense models are supported"
 
@@ -37,38 +62,37 @@ MIXTURE = "it is a mixture of experts, and only dense models are supported"
 def config_fields(hf: dict, where) -> dict:
     """ModelConfig's fields for what Hugging Face's keys describe.
 
-    Raises UserError naming a missing key or a setting that is not implemented.
+    Raises UserError naming a missing key, a value that cannot be, or a setting that is not
+    implemented.
     """
+    check_kinds(hf, OTHER_KINDS, where)
     family = family_of(hf, where)
     said = {key: hf.get(key, default) for key, default in FAMILIES[family].items()}
+    check_kinds(said, {key: KINDS[key] for key in said}, where)
+    check_kinds(hf.get("quantization") or {}, QUANTIZATION_KINDS, f"{where}, quantization")
 
-    def need(key, otherwise=None, kind=int):
+    def need(key, otherwise=None):
         value = otherwise if said[key] is None else said[key]
-        refuse((value is None, f"{where}: key {key!r} is missing"),
-               (not isinstance(value, kind) or not 0 < value < LARGEST,
-                f"{where}: {key} = {value!r} is no such number"))
+        refuse((value is None, f"{where}: key {key!r} is missing"))
         return value
 
     window = window_of(family, said)
-    refuse((window is not None and (type(window) is not int or window < 1),
-            f"{where}: sliding_window = {window!r} is no such number"),
-           (not isinstance(said["tie_word_embeddings"], (bool, type(None))), f"{where}: "
-            f"tie_word_embeddings = {said['tie_word_embeddings']!r} is neither true nor false"),
-           (other := hf.get("quantization_config"), f"{where}: the weights are quantized by "
+    refuse((other := hf.get("quantization_config"), f"{where}: the weights are quantized by "
             f"{quantizer(other)} (quantization_config); take the checkpoint that is not quantized, "
             "and quantize that with quantize.py"),
            (said["hidden_act"] not in ("silu", "swish"), f"{where}: hidden_act = "
             f"{said['hidden_act']!r} is not implemented (only 'silu' is)"))
     n_head, dim, n_layer = map(need, ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     n_kv_head, head_dim = need("num_key_value_heads", n_head), need("head_dim", dim // n_head)
-    refuse((n_head % n_kv_head, f"{where}: num_attention_heads {n_head} is not a multiple of "
+    refuse((head_dim < 1, f"{where}: hidden_size {dim} is less than num_attention_heads {n_head}"),
+           (n_head % n_kv_head, f"{where}: num_attention_heads {n_head} is not a multiple of "
             f"num_key_value_heads {n_kv_head}"),
            (head_dim % 2, f"{where}: head_dim {head_dim} is odd, and RoPE rotates pairs"))
     freqs, scale, context = rope(hf, head_dim, need("max_position_embeddings"), where)
     return dict(
         vocab_size=need("vocab_size"), dim=dim, n_layer=n_layer, n_head=n_head,
         n_kv_head=n_kv_head, head_dim=head_dim, ffn_dim=need("intermediate_size"),
-        norm_eps=need("rms_norm_eps", kind=(int, float)), rope_freqs=tuple(freqs.tolist()),
+        norm_eps=need("rms_norm_eps"), rope_freqs=tuple(freqs.tolist()),
         rope_scale=scale, max_seq_len=min(context, window or context), sliding_window=window,
         tied=bool(said["tie_word_embeddings"]),
         qkv_bias=family == "qwen2" or bool(said.get("attention_bias")),
@@ -83,9 +107,8 @@ def window_of(family: str, said: dict) -> int | None:
         return said["sliding_window"]
     if not said.get("use_sliding_window"):
         return None
-    full = said["max_window_layers"] if isinstance(said["max_window_layers"], int) else 0
     some = ("sliding_attention" in said["layer_types"] if said["layer_types"] else
-            said["num_hidden_layers"] > full)
+            (said["num_hidden_layers"] or 0) > (said["max_window_layers"] or 0))
     return said["sliding_window"] if some else None
 
 
@@ -131,27 +154,28 @@ def rope(hf: dict, head_dim: int, context: int, where) -> tuple[Tensor, float, i
     setting that is missing.
     """
     s = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    refuse((not isinstance(s, dict), f"{where}: the settings of RoPE are {s!r}, not an object"))
+    refuse((any(isinstance(value, dict) for value in s.values()), f"{where}: layers with a RoPE of "
+            "their own are not implemented"))
+    check_kinds(s, ROPE_KINDS, f"{where}, RoPE")
+    check_kinds(hf, ROPE_KINDS | {"type": OTHER_KINDS["model_type"]}, where)
     original = "original_max_position_embeddings"
     s = s | {"rope_theta": s.get("rope_theta") or hf.get("rope_theta") or 10000.0,
              original: hf.get(original) or s.get(original) or context, "context": context}
     kind = str(s.get("rope_type", s.get("type", "default")))
     part = s.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
-    refuse((any(isinstance(value, dict) for value in s.values()), f"{where}: layers with a RoPE of "
-            "their own are not implemented"),
-           (kind not in ROPE, f"{where}: rope type {kind!r} is not implemented (only "
+    refuse((kind not in ROPE, f"{where}: rope type {kind!r} is not implemented (only "
             f"{', '.join(ROPE)} are)"),
            (part not in (None, 1), f"{where}: partial_rotary_factor = {part!r} is not implemented "
             "(only 1.0 is)"))
     scaled, keys = ROPE[kind]
-    given = [k for k in ("rope_theta", original, *YARN_NUMBERS) if s.get(k) is not None]
-    bad = next((k for k in (*keys, *given) if not isinstance(s.get(k), (int, float))
-                or not 0 <= s[k] < LARGEST
-                or k in keys and not s[k]), None)
+    bad = next((k for k in keys if not s.get(k)), None)
     refuse((bad, f"{where}: rope type {kind!r} needs {bad!r} as a positive number"))
     # The CPU and float32, whatever the defaults are: a model is also built on "meta".
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
-    return scaled(s["rope_theta"] ** (pairs / head_dim), s)
+    freqs, scale, context = scaled(float(s["rope_theta"]) ** (pairs / head_dim), s)
+    refuse((not freqs.isfinite().all() or not 0 < scale < math.inf or context < 1,
+            f"{where}: rope type {kind!r} with these settings gives no finite frequencies"))
+    return freqs, scale, context
 
 
 def default_rope(periods, s):
@@ -199,7 +223,6 @@ def yarn_rope(periods, s):
     return 1 / (factor * periods) * (1 - keep) + 1 / periods * keep, float(scale), context
 
 
-YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
 ROPE = {  # and what each needs
     "default": (default_rope, ()),
     "linear": (linear_rope, ("factor",)),

@@ -32,10 +32,6 @@ def read_data(path: Path) -> list[dict]:
     for line in json_lines(path, holding="examples"):
         example, where = line.value, line.where
         check_texts(example, where)
-        for key in ("prompt", "answer"):
-            if any("\ud800" <= c <= "\udfff" for c in example[key]):
-                raise UserError(f"{where}: {key!r} holds half a character (a lone surrogate); "
-                                "write the whole character")
         if "error" not in example:
             raise UserError(f"{where}: 'error' is missing; it is null for a correct answer, else "
                             "[start, end]")

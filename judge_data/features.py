@@ -9,7 +9,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import fingerprint
-from common import UserError, open_weights, replacing
+from common import (
+    OBJECT,
+    UserError,
+    is_finite,
+    json_values,
+    open_weights,
+    refuse,
+    replacing,
+)
 from judge_data.data import Encoded
 from model import DTYPES, Transformer
 from ranks.job import rank
@@ -81,8 +89,8 @@ def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str |
     Raises UserError naming what differs; dtype, if given, must be the file's.
     """
     with open_weights(path) as f:
-        found = json.loads((f.metadata() or {}).get("features_of", "{}"))
-        if found.keys() != made.keys():
+        found = json_values(f.metadata(), {"features_of": OBJECT}, path).get("features_of", {})
+        if found.keys() != made.keys() or list(f.keys()) != ["hidden"]:
             raise UserError(f"--features {path} is not a file of hidden states; name another")
         for key, what in (("target", f"target {target}"),
                           ("data", f"data {data} (with this tokenizer and --chat or not)"),
@@ -92,7 +100,9 @@ def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str |
                                 f"{made[key]}, it holds {found[key]}; name another file, or "
                                 "delete it")
         hidden = f.get_tensor("hidden")
-    stored = next(name for name, d in DTYPES.items() if d == hidden.dtype)
+    stored = next((name for name, d in DTYPES.items() if d == hidden.dtype), None)
+    refuse((stored is None or hidden.dim() != 2 or not is_finite(hidden),
+            f"--features {path} holds other numbers than hidden states; delete it"))
     if dtype not in (None, stored):
         raise UserError(f"--features {path} holds {stored}, --features_dtype is {dtype}; name "
                         "another file, or delete it")

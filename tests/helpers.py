@@ -37,6 +37,10 @@ def tiny_config(**overrides):
                 tie_word_embeddings=False) | overrides
 
 
+WRONG = (None, True, False, "", "x", -1, 0, 1, 1.5, 3, 1e-300, 1e300, 10**30, 10**400, [], {}, [[]],
+         {"a": 1}, ["x"], [None])  # what a JSON file can hold in place of the right value
+
+
 def randomize(model, scale=0.2):
     """Random weights with which the logits differ clearly from token to token."""
     for name, p in model.named_parameters():

@@ -683,7 +683,7 @@ def test_bad_arguments_are_told_in_a_line(data, tmp_path):
     assert "cannot read" in refused("--data", tmp_path / "none.jsonl", "--out", out)
     assert "is not a directory" in refused("--data", data, "--out", tmp_path / "no" / "o.jsonl")
     assert "it is a directory" in refused("--data", data, "--out", tmp_path)
-    assert "--out is --data" in refused("--data", data, "--out", data)
+    assert "is also --data" in refused("--data", data, "--out", data)
     assert f"{other}, line 2 is not a decision on an answer of {data}" in refused(
         "--data", data, "--out", other)
     for line in ('{"skipped": ["x"], "after": 0}', '{"skipped": "x.1", "after": 0}'):

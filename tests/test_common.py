@@ -1,10 +1,28 @@
 """JSON Lines as people's programs write them, and the log that a killed run resumes from."""
 import gzip
 import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from common import AnswerLog, UserError, json_lines, read_json, run, saved_settings
+import common
+from common import (
+    AnswerLog,
+    UserError,
+    json_lines,
+    open_weights,
+    read_json,
+    run,
+    saved_settings,
+)
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("data", [
@@ -112,3 +130,187 @@ def test_a_command_without_a_model_is_no_command_for_torchrun(rank, said, monkey
     with pytest.raises(SystemExit, match="2"):
         run(lambda: pytest.fail("it ran"))
     assert capsys.readouterr().err.count("start it with python, not with torchrun") == said
+
+
+# ---------------------------------------------------------------- input of every kind
+
+DEEP = b'{"a": ' + b"[" * 200_000
+BAD_JSON = {
+    "too deep": (DEEP + b"]" * 200_000 + b"}", "nested too deep"), "cut deep": (DEEP, "too deep"),
+    "NaN": (b'{"a": NaN}', "NaN is no JSON number"), "inf": (b'{"a": -Infinity}', "no JSON number"),
+    "1e999": (b'{"a": [1e999]}', "1e999 is no JSON number"), "long": (b'{"a": %s}' % (b"1" * 9999),
+                                                                     ""),
+    "half": (b'{"a": "\\ud83d"}', "half a character"), "key": (b'{"\\uDC00": 1}', "half a char"),
+    "bytes": (b'{"a": "\xed\xa0\x80"}', "not UTF-8"),
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "UTF-8"),
+    "text": (b'"a"', "not a JSON object"), "null": (b"null", "not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("data, message", BAD_JSON.values(), ids=BAD_JSON)
+def test_json_that_others_do_not_take_is_named(tmp_path, data, message):
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    for read in read_json, json_lines:
+        with pytest.raises(UserError, match=f"x.json.*{message}") as e:
+            read(path)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_json_that_is_right_is_read_whatever_it_holds(tmp_path):
+    value = {"a": "\U0001f389 \\ud83d", "n": 1e300, "deep": json.loads("[" * 500 + "]" * 500)}
+    for data in json.dumps(value).encode(), b"\xef\xbb\xbf" + json.dumps(value).encode():
+        (tmp_path / "x.json").write_bytes(data)
+        assert read_json(tmp_path / "x.json") == json_lines(tmp_path / "x.json")[0].value == value
+
+
+def test_gzip_that_is_broken_anywhere_is_named(tmp_path):
+    whole = gzip.compress(b'{"a": "%s"}\n' % random.Random(0).randbytes(400).hex().encode())
+    path = tmp_path / "x.jsonl.gz"
+    for i in range(2, len(whole), 7):
+        for data in whole[:i], whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1:]:
+            path.write_bytes(data)
+            try:
+                json_lines(path)  # some bytes of its header mean nothing
+            except UserError as e:
+                assert str(path) in str(e)
+
+
+def special_files(directory):
+    """{name: path} of what is not a plain file."""
+    os.mkfifo(directory / "fifo")
+    (directory / "loop").symlink_to("loop")
+    (directory / "dangling").symlink_to("nowhere")
+    (directory / "zero").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(directory / "socket"))
+    (directory / "directory").mkdir()
+    names = "fifo", "loop", "dangling", "zero", "socket", "directory", "n" * 255, "n" * 256
+    return {name[:9]: directory / name for name in names}
+
+
+@pytest.mark.parametrize("read", [read_json, json_lines, open_weights, common.file_hash])
+def test_what_is_not_a_plain_file_is_refused_at_once(tmp_path, read):
+    for name, path in special_files(tmp_path).items():
+        with pytest.raises(UserError, match=re.escape(str(path))) as e:
+            read(path)
+        assert "\n" not in str(e.value) and "None" not in str(e.value), (name, e.value)
+
+
+def test_outputs_replace_plain_files_only(tmp_path):
+    for name, path in special_files(tmp_path).items():
+        if name in ("fifo", "zero", "socket", "directory"):
+            with pytest.raises(UserError, match="cannot write"):
+                common.write_text(path, "x")
+            assert not path.is_file()
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
+    out, mine = tmp_path / "out", tmp_path / f".out.{os.getppid()}.tmp"
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = [tmp_path / f".out.{dead.pid}.tmp", tmp_path / f".out.{10 ** 30}.tmp"]
+    left[0].mkdir()
+    (left[0] / "model.safetensors").write_text("half")
+    left[1].write_text("half")
+    others = [mine, tmp_path / f".other.{dead.pid}.tmp", tmp_path / f".out.{dead.pid}.tmp.txt",
+              tmp_path / f"out.{dead.pid}.tmp"]
+    for path in others:
+        path.write_text("not ours to remove")
+    common.write_text(out, "x")
+    assert sorted(tmp_path.iterdir()) == sorted([out, *others])
+
+
+def test_an_output_is_no_input_and_no_other_output(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for name in "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "judge.txt":
+        (checkpoint / name).write_text(name)
+    data = tmp_path / "data.jsonl"
+    data.write_text("x")
+    (tmp_path / "link").symlink_to(data)
+    os.link(data, tmp_path / "hard")
+    (tmp_path / "shard").symlink_to(checkpoint / "model-00001-of-00002.safetensors")
+    reads = {"--target": checkpoint, "--data": data, "--draft": None}
+    for out in (data, tmp_path / "link", tmp_path / "hard", tmp_path / "checkpoint/../data.jsonl",
+                checkpoint / "config.json", tmp_path / "shard", checkpoint / "tokenizer.json"):
+        with pytest.raises(UserError, match=f"--out {out} is also (--data|a file of --target);"):
+            common.check_apart({"--out": out}, reads)
+    for out in tmp_path / "new", checkpoint / "judge.txt", checkpoint / "results.json":
+        common.check_apart({"--out": out, "--json": None}, reads)
+        with pytest.raises(UserError, match="--json .* is also --out;"):
+            common.check_apart({"--out": out, "--json": out.parent / "x" / ".." / out.name}, reads)
+
+
+def command(code, **more):
+    return subprocess.Popen([sys.executable, "-c", f"import common, sys\n{code}"], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+@pytest.mark.parametrize("code, status, said", [
+    ("raise common.UserError('a\\x1b[31m\\nb\\ud800')", 2, r"error: a\x1b[31m\nb\ud800"),
+    ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory"),
+    ("common.tell('\\x9b2J \\u202e\\ud800\\nline 2')", 0, "\\x9b2J \\u202e\\ud800\nline 2"),
+    ("print('\\ud800é', file=sys.stderr)", 0, r"\ud800\xe9"),
+])
+def test_what_is_said_is_printable_in_any_encoding(code, status, said):
+    p = command(f"common.run(lambda: {code.replace('raise ', 'fail(')}{')' * ('raise' in code)})"
+                .replace("common.run", "def fail(e): raise e\ncommon.run"),
+                env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    out, err = p.communicate()
+    assert (p.returncode, out, err.decode()) == (status, b"", said + "\n")
+
+
+@pytest.mark.parametrize("how, status, said", [
+    (">&-", 0, ""), ("2>&-", 0, None), ("<&-", 0, ""), (">&- 2>&- <&-", 0, None),
+    (">/dev/full", 2, "error: cannot write the output: No space left on device\n"),
+])
+def test_a_closed_or_full_output_is_no_traceback(tmp_path, how, status, said):
+    code = ("def main():\n open('f', 'w').close(); print('x' * 100); sys.stdin.read()\n"
+            " common.tell('') if 0 else None\ncommon.run(main)")
+    p = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {how}', sys.executable,
+                        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common\n{code}"],
+                       cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (p.returncode, p.stderr) == (status, said or ""), p
+    assert (tmp_path / "f").stat().st_size == 0  # what was printed went into no file
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_gone_ends_the_run_in_silence(lines):
+    p = command(f"import time; time.sleep(0.3)\n"
+                f"common.run(lambda: [print('x') for _ in range({lines})])")
+    p.stdout.close()
+    assert (p.wait(60), p.stderr.read()) == (141, b"")
+    p.stderr.close()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--n", "9" * 30], "--n is 9+, which is too large"), (["--n", "x"], "invalid int value: 'x'"),
+    (["--path", "loop"], "--path loop: Too many levels"), (["--path", "n" * 256], "too long"),
+    (["--path", os.fsdecode(b"\xff")], "--path .* is not UTF-8"),
+    (["--text", os.fsdecode(b"a\xff")], "--text .* is not UTF-8"),
+    (["--list", "1", "9" * 20], "--list is 9+, which is too large"),
+])
+def test_values_that_no_command_can_use_are_refused(tmp_path, monkeypatch, flags, message):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    p = common.Parser()
+    for name, kind in ("--n", int), ("--path", Path), ("--text", str):
+        p.add_argument(name, type=kind)
+    p.add_argument("--list", type=int, nargs="+")
+    assert p.parse_args(["--n", "-5", "--path", "new", "--text", "é"]).n == -5
+    with pytest.raises(UserError, match=message):
+        p.parse_args(flags)
+
+
+def test_a_value_of_another_kind_is_named_with_what_it_must_be():
+    kinds = {"n": common.whole(1, 10), "x": common.number(0, above=True), "t": common.TEXT,
+             "i": common.whole(0) | common.list_of(common.whole(0), "ids"), "f": common.FLAG}
+    common.check_kinds({"n": 10, "x": 0.5, "t": None, "i": [0, 1], "other": []}, kinds, "f.json")
+    for key, values in {"n": [0, 11, 1.0, True, "1", [], {}], "x": [0, -1, True, "1", 1e999],
+                        "t": [1, [], {}, False], "i": [-1, [1.5], "1", {}], "f": [0, "true"]
+                        }.items():
+        for value in values:
+            with pytest.raises(UserError, match=f"f.json: {key} is .*; it must be "):
+                common.check_kinds({key: value}, kinds, "f.json")

@@ -21,7 +21,7 @@ from common import AnswerLog, UserError
 from engine import Engine, LlamaDrafter, Settings, State, generate, unpack
 from evaluation import report
 from evaluation.replay import read_texts, replay_rounds
-from helpers import random_model, run_command, save_checkpoint, tiny_config
+from helpers import WRONG, random_model, run_command, save_checkpoint, tiny_config
 from judge import RULES as TABLE
 from judge import JudgeHead, Rule
 from load import parse_rule
@@ -225,7 +225,7 @@ def test_more_of_the_same_is_welcome_and_other_settings_are_not(pair, whole, tmp
     assert before == files(out)
     with open(out / "answers.jsonl", "a") as f:
         f.write('{"rule": "target"}\n')
-    with pytest.raises(UserError, match="answers.jsonl, line 13: not an answer"):
+    with pytest.raises(UserError, match="answers.jsonl, line 13: 'id' is missing"):
         run("--rules", "target")
     (out / "settings.json").unlink()
     with pytest.raises(UserError, match="answers.jsonl is there without settings.json"):
@@ -275,6 +275,32 @@ def test_rescore_gives_the_same_without_a_model(pair, whole, tmp_path, monkeypat
     assert capsys.readouterr().out == (whole / "results.md").read_text()
     with pytest.raises(UserError, match="data was .*, now"):
         E.main([*pair.task[:3], str(DEMO / "problems.jsonl"), "--out", str(out), "--rescore"])
+
+
+def test_saved_files_with_any_other_value_are_refused_or_read(pair, whole, tmp_path, capsys):
+    """Every value of a saved answer and of the settings, missing or of another type."""
+    out, refused = tmp_path / "out", 0
+    shutil.copytree(whole, out)
+    lines, settings = lines_of(out), json.loads((out / "settings.json").read_text())
+    for file, value, kinds in (("answers.jsonl", lines[0], E.ANSWER),
+                               ("settings.json", settings, E.SETTINGS)):
+        rest = "".join(json.dumps(a) + "\n" for a in lines[1:] if file == "answers.jsonl")
+        for key in kinds:
+            cases = [*(value | {key: x} for x in WRONG),
+                     {k: v for k, v in value.items() if k != key}]
+            for case in cases:
+                (out / file).write_text(json.dumps(case) + "\n" + rest)
+                try:
+                    E.main([*pair.task, "--out", str(out), "--rescore"])
+                    json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
+                except UserError as e:
+                    refused += 1
+                    assert str(out) in str(e) and "\n" not in str(e), (key, case)
+                except SystemExit as e:  # standard left the target's text
+                    assert e.code == 1, (key, case)
+        (out / "answers.jsonl").write_text("".join(json.dumps(a) + "\n" for a in lines))
+    assert refused > 300
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -547,7 +573,7 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--replay", str(ROOT / "README.md"), "--rules", "judge"], "line 1: not JSON"),
     (["--replay", str(DEMO / "problems.jsonl"), "--rules", "judge"],
      'problems.jsonl, line 1: no "prompt" and "text"'),
-    (["--replay", os.devnull, "--rules", "standard"], "null holds no examples"),
+    (["--replay", os.devnull, "--rules", "standard"], "null: it is not a plain file"),
     (["--replay", "x", "--rules", "target,standard"], "rule target tests no drafts"),
     (["--out", str(ROOT / "README.md")], "README.md is a file"),
     (["--out", "/nowhere/x"], "/nowhere is not a directory"),

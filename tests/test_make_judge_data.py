@@ -618,7 +618,7 @@ def test_refusals(pair, answers, homes, tmp_path):
              "different tokenizers: .*; speculation needs the same"),
             ([*mine, "autojudge", "--draft", str(pair / "draft"), "--search", "bisect"],
              "--search is for --method first_error"),
-            ([*use("bad.jsonl"), "first_error"], "bad.jsonl, line 2: 'right' is missing"),
+            ([*use("bad.jsonl"), "first_error"], "bad.jsonl, line 2: .*'right' is missing"),
             ([*use("wordy.jsonl"), "first_error"], "wordy.jsonl, line 2: prompt and answer have"),
             ([*use("plain.jsonl"), "first_error"], "no answers of a task with a checker"),
             ([*use("code.jsonl"), "first_error"], "--allow_code_execution"),

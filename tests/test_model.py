@@ -8,15 +8,19 @@ import pytest
 import torch
 import transformers
 
+import quantize
 from checkpoint import config_from, fingerprint, load, shapes
-from common import UserError
+from common import UserError, is_finite
+from formats.config import KINDS, OTHER_KINDS, QUANTIZATION_KINDS, ROPE_KINDS
 from helpers import (
     ROOT,
+    WRONG,
     edit_weights,
     hf_to_ours,
     put,
     random_model,
     randomize,
+    run_command,
     save_checkpoint,
     shard,
     tiny_config,
@@ -277,16 +281,17 @@ def test_rope_is_that_of_transformers(settings, context):
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_scaling": {"type": "linear"}}, "'linear' needs 'factor'"),
-    ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "'yarn' needs 'factor'"),
+    ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "RoPE: factor is \"4\""),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "'low_freq_factor'"),
-    ({"rope_scaling": {"type": "linear", "factor": math.inf}}, "'linear' needs 'factor'"),
-    ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "'linear' needs 'factor'"),
-    ({"rope_scaling": {"type": "yarn", "factor": math.inf}}, "'yarn' needs 'factor'"),
-    ({"rope_theta": 10**400}, "'default' needs 'rope_theta'"),
-    ({"model_type": ["llama"]}, "is not supported"), ({"vocab_size": 10**400}, "vocab_size"),
-    ({"tie_word_embeddings": "false"}, "neither true nor false"),
+    ({"rope_scaling": {"type": "linear", "factor": math.inf}}, "RoPE: factor is Inf"),
+    ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "RoPE: factor is NaN"),
+    ({"rope_scaling": {"type": "yarn", "factor": math.inf}}, "RoPE: factor is Inf"),
+    ({"rope_theta": 10**400}, "rope_theta is 10+\\.\\.\\.; it must be a number above 1"),
+    ({"model_type": ["llama"]}, "model_type is .*it must be a text"),
+    ({"vocab_size": 10**400}, "vocab_size"),
+    ({"tie_word_embeddings": "false"}, "it must be true or false"),
     *((MISTRAL | {"sliding_window": w}, "sliding_window") for w in ("4096", 0, -1, 4096.0, True)),
-    ({"rope_scaling": "yarn"}, "not an object"), ({"hidden_size": "64"}, "hidden_size = '64'"),
+    ({"rope_scaling": "yarn"}, "must be an object"), ({"hidden_size": "64"}, 'hidden_size is "64"'),
     *(({key: None}, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers",
                                      "num_attention_heads", "intermediate_size", "rms_norm_eps",
                                      "max_position_embeddings")),
@@ -294,6 +299,36 @@ def test_rope_is_that_of_transformers(settings, context):
 def test_what_is_not_implemented_is_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         config_from(tiny_config(**changes))
+
+
+@pytest.mark.parametrize("arch", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_any_value_of_any_key_is_a_model_or_one_line(arch):
+    base = tiny_config(architectures=[f"{arch}ForCausalLM"], model_type=arch.lower())
+    yarn = {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    keys = [*KINDS, *OTHER_KINDS, "rope_theta", "quantization_config", "num_experts", "new"]
+    cases = [{key: value} for key in keys for value in WRONG]
+    cases += [{"rope_scaling": rope | {key: value}} for rope in (yarn, llama3)
+              for key in ROPE_KINDS for value in WRONG]
+    cases += [{"quantization": {"mode": "int4", "group_size": 32, "parent": "x"} | {key: value}}
+              for key in QUANTIZATION_KINDS for value in WRONG]
+    models = 0
+    for changes in cases:
+        try:
+            config = config_from(base | changes)
+        except UserError as e:
+            assert "\n" not in str(e) and "config.json" in str(e) and len(str(e)) < 400, changes
+            continue
+        models += 1
+        assert all(map(math.isfinite, config.rope_freqs)) and config.max_seq_len >= 1, changes
+        if config.n_layer < 100:
+            with torch.device("meta"):
+                try:
+                    Transformer(config)
+                except UserError as e:
+                    assert "group size" in str(e), changes
+    assert 100 < models < len(cases) / 2  # null is what is not said, and what a family ignores
 
 
 def test_keys_that_transformers_does_not_read():
@@ -320,6 +355,35 @@ def test_sliding_window_ends_the_context_where_it_would_matter():
 
 
 # ---------------------------------------------------------------- loading
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys, dtype, value):
+    """By what reads weights: loading, and quantizing, which then writes nothing."""
+    config = tiny_config()
+    model = random_model(config).to(dtype)
+    for name in "embed.weight", "layers.1.ffn.w2.weight", "norm.weight":
+        weight = model.get_parameter(name).data.view(-1)
+        before, weight[-1] = weight[-1].clone(), value
+        save_checkpoint(tmp_path / "m", model, config)
+        with pytest.raises(UserError, match=f"m: weight {name} holds NaN or an infinity"):
+            load(tmp_path / "m", dtype=torch.float32)
+        with pytest.raises(SystemExit, match="2"):
+            run_command(monkeypatch, quantize, "--checkpoint_dir", tmp_path / "m", "--mode", "int8",
+                        "--out", tmp_path / "q")
+        assert "holds NaN or an infinity" in (said := capsys.readouterr().err.splitlines()[-1])
+        assert said.startswith("error: ")
+        assert [p.name for p in tmp_path.iterdir()] == ["m"]
+        weight[-1] = before
+    save_checkpoint(tmp_path / "m", model, config)
+    load(tmp_path / "m", dtype=torch.float32)
+
+
+def test_fp8_has_one_number_that_is_none():
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    assert [is_finite(x[None]) for x in every] == every.float().isfinite().tolist()
+    assert is_finite(torch.zeros(0)) and is_finite(torch.tensor([127], dtype=torch.int8))
+
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_load_single_and_sharded(tmp_path, tied):

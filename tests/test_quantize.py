@@ -549,7 +549,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
 @pytest.mark.parametrize("mode,damage,message", [
     ("int8", lambda d: edit_config(d, quantization={"mode": "nf4"}),
      "quantization mode 'nf4' is not known"),
-    ("int8", lambda d: edit_config(d, quantization="int8"), "quantization mode None is not known"),
+    ("int8", lambda d: edit_config(d, quantization="int8"), "quantization is .int8.; it must be"),
     ("int8", lambda d: edit_config(d, quantization={"mode": "int4", "group_size": 48}),
      "group size 48"),
     ("int8", lambda d: edit_config(d, quantization=None), "scale has no place"),

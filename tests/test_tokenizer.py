@@ -15,8 +15,8 @@ from tokenizers.decoders import DecodeStream
 from common import UserError, visible
 from families import FAMILIES, sentencepiece_model
 from formats.model_file import LLAMA3_PATTERN, LLAMA3_SPECIAL, is_ranks
-from helpers import strings
-from tokenizer import Stream, Tokenizer, cut_at_stop, stop_check
+from helpers import WRONG, strings
+from tokenizer import EOS, SETTINGS, Stream, Tokenizer, cut_at_stop, stop_check
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason="the real Llama tokenizers are not here")
@@ -289,8 +289,40 @@ def test_files_that_contradict_each_other_are_refused(homes, tmp_path):
         Tokenizer.from_dir(where)
     for table in ({"x": flags}, ["a"], {"3": 1}):
         where = changed(homes, "qwen3", tmp_path / str(len(str(table))), added_tokens_decoder=table)
-        with pytest.raises(UserError, match="not ids with tokens"):
+        with pytest.raises(UserError, match="added token|must be an object|token 3"):
             Tokenizer.from_dir(where)
+
+
+def test_any_value_in_the_files_beside_is_a_tokenizer_or_one_line(homes, tmp_path):
+    """What a tokenizer's settings say, each value missing or of another type."""
+    token = {"content": "<|new|>", "special": True, "lstrip": False, "normalized": False}
+    cases = [("tokenizer_config.json", {key: x}) for x in WRONG for key in (
+        *SETTINGS, "bos_token", "eos_token", "new")]
+    cases += [("tokenizer_config.json", {"added_tokens_decoder": {"300": token | {key: x}}})
+              for x in WRONG for key in token]
+    cases += [("tokenizer_config.json", {"added_tokens_decoder": {i: token}})
+              for i in ("", "x", "-1", "1.5", "٣", "9" * 30, "0")]
+    cases += [("tokenizer_config.json", {"extra_special_tokens": {"image": x}}) for x in WRONG]
+    cases += [("tokenizer_config.json", {"chat_template": [{"name": "default", "template": x}]})
+              for x in WRONG]
+    cases += [(file, {key: x}) for x in WRONG for file in ("generation_config.json", "config.json")
+              for key in EOS]
+    cases += [(file, {"a": x}) for x in WRONG for file in ("added_tokens.json",
+                                                           "special_tokens_map.json")]
+    refused = 0
+    for file, keys in cases:
+        where = changed(homes, "qwen3", tmp_path, file, **keys)
+        if file in ("added_tokens.json", "special_tokens_map.json"):
+            (where / "tokenizer_config.json").unlink(missing_ok=True)
+        try:
+            t = Tokenizer.from_dir(where)
+            assert t.decode(t.encode("abc")).strip().endswith("abc"), keys
+            t.prompt("abc", chat="chat_template" in keys)
+        except UserError as e:
+            refused += 1
+            assert str(where) in str(e) and "\n" not in str(e) and len(str(e)) < 400, (keys, e)
+        shutil.rmtree(where)
+    assert 200 < refused < len(cases)
 
 
 @pytest.mark.parametrize("change", [
@@ -309,7 +341,7 @@ def test_whatever_the_library_says_of_a_file_is_one_line(homes, tmp_path, change
 @pytest.mark.parametrize("template", [5, True, ["x"], {"default": "x"}])
 def test_a_chat_template_that_is_none(homes, tmp_path, template):
     where = changed(homes, "qwen3", tmp_path, chat_template=template)
-    with pytest.raises(UserError, match="neither text nor a list of templates with names"):
+    with pytest.raises(UserError, match="chat_template is .*must be a text or a list of objects"):
         Tokenizer.from_dir(where).chat(TALK)
 
 
@@ -333,7 +365,7 @@ def test_eos_ids_are_generations_or_else_the_configs_or_the_tokenizers(homes, tm
         assert Tokenizer.from_dir(where).eos_ids == ids
     for says in ('"2"', "{}", "[[2]]", "[2.5]", "true"):
         (where / "generation_config.json").write_text(f'{{"eos_token_id": {says}}}')
-        with pytest.raises(UserError, match="eos_token_id is .*, not a token's id or a list"):
+        with pytest.raises(UserError, match="eos_token_id is .*; it must be a whole number from"):
             Tokenizer.from_dir(where)
     assert Tokenizer.from_dir(homes("sp")).eos_ids == (2,)
 

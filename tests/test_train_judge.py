@@ -15,7 +15,7 @@ import quantize
 import test_tokenizer
 import train_judge
 from checkpoint import fingerprint
-from common import UserError
+from common import UserError, write_tensors
 from families import token_bytes
 from helpers import ROOT, random_model, run_command, save_checkpoint, tiny_config
 from judge import JudgeHead, above_threshold
@@ -68,7 +68,7 @@ LINES = [
     ('{"prompt": "p", "error": null}', "'answer' must be a text"),
     ('{"prompt": "p", "answer": "", "error": null}', "'answer' must be a text"),
     ('{"prompt": "p", "answer": "abc"}', "'error' is missing"),
-    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "'answer' holds half a character"),
+    ('{"prompt": "p", "answer": "a\\ud83d", "error": null}', "it holds half a character"),
     *((json.dumps({"prompt": "p", "answer": "abc", "error": e}), "'error' is")
       for e in ([1], [2, 1], [1, 1], [0, 4], [-1, 2], "x", [0.0, 1], True)),
 ]
@@ -196,9 +196,42 @@ def test_judge_file_keeps_its_curve_and_one_without_still_loads(tmp_path):
     head = JudgeHead(torch.randn(1, 8), torch.randn(1), 0.25, "abc", curve)
     head.save(tmp_path / "j")
     assert JudgeHead.load(tmp_path / "j", 8, "abc", "t").to("cpu").curve == curve
-    JudgeHead(head.weight, head.bias, 0.25, "abc").save(tmp_path / "old")
-    assert b"curve" not in (tmp_path / "old").read_bytes()
+    write_tensors(tmp_path / "old", head.state_dict(),
+                  {"format": "1", "dim": "8", "threshold": "0.25", "target": "abc"})
     assert JudgeHead.load(tmp_path / "old", 8, "abc", "t").curve == ()
+
+
+def test_a_damaged_judge_file_is_one_line(tmp_path):
+    """Every value of its metadata and its tensors replaced by what they cannot be."""
+    path, weight, bias = tmp_path / "j", torch.randn(1, 8), torch.randn(1)
+    meta = {"format": "1", "dim": "8", "threshold": "0.25", "target": "abc",
+            "curve": "[[0.0, 1.0, 0.0]]"}
+    deep = "[" * 100_000
+    cases = [({"threshold": t}, {}, "threshold") for t in (
+        "nan", "NaN", "inf", "-1", "1.5", "x", "", "null", "[]", '"0.5"', "1e999", "9" * 5000,
+        deep)]
+    cases += [({"curve": c}, {}, "curve") for c in (
+        "x", "", "1", '"a"', "[1]", "[[null]]", "[[NaN]]", '[["0.5"]]', "{}", deep, "[[2]]",
+        '0}, "a')]
+    cases += [({"format": "2"}, {}, "format 1"), ({"target": "other"}, {}, "was trained on")]
+    cases += [({}, {"bias": b}, "not one bias") for b in (torch.zeros(2), torch.zeros(()))]
+    cases += [({}, {"weight": w}, "width") for w in (
+        torch.zeros(1, 7), torch.zeros(8), torch.zeros(8, 1), torch.zeros(()), torch.zeros(1, 0))]
+    cases += [({}, {key: torch.full(shape, x)}, "NaN") for x in (math.nan, math.inf, -math.inf)
+              for key, shape in (("weight", (1, 8)), ("bias", (1,)))]
+    for changed, tensors, message in [({}, {}, None), *cases]:
+        write_tensors(path, {"weight": weight, "bias": bias} | tensors, meta | changed)
+        if message is None:
+            assert JudgeHead.load(path, 8, "abc", "t").threshold == 0.25
+            continue
+        with pytest.raises(UserError, match=message) as e:
+            JudgeHead.load(path, 8, "abc", "t")
+        assert str(path) in str(e.value) and len(str(e.value)) < 400, (changed, tensors)
+    for key in "threshold", "target", "format":
+        write_tensors(path, {"weight": weight, "bias": bias},
+                      {k: v for k, v in meta.items() if k != key})
+        with pytest.raises(UserError, match=key):
+            JudgeHead.load(path, 8, "abc", "t")
 
 
 # ---------------------------------------------------------------- features
@@ -265,6 +298,14 @@ def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, hom
         read_features(path, made_of(encoded, one, "float32"), one, data, "bfloat16")
     with pytest.raises(UserError, match="is not a file of hidden states"):
         read_features(one / "model.safetensors", made_of(encoded, one, "float32"), one, data, None)
+    made = made_of(encoded, one, "float32")
+    for tensors, meta in (
+            ({"hidden": torch.full((30, 64), math.nan)}, made), ({"hidden": torch.zeros(30)}, made),
+            ({"hidden": torch.zeros(30, 64, dtype=torch.int8)}, made), ({"other": hidden}, made),
+            ({"hidden": hidden}, []), ({"hidden": hidden}, "x"), ({"hidden": hidden}, {})):
+        write_tensors(path, tensors, {"features_of": json.dumps(meta)})
+        with pytest.raises(UserError, match=f"{path}"):
+            read_features(path, made, one, data, None)
 
 
 # ---------------------------------------------------------------- command line
@@ -385,7 +426,7 @@ def test_bad_input(tmp_path, homes, train):
             (good, ("--max_false_accept", "-1"), "--max_false_accept is -1"),
             (good, ("--features_dtype", "float32"), "--features_dtype requires --features"),
             (good, ("--weight_decay", "-1"), "--weight_decay is -1"),
-            (good, ("--report", tmp_path / "judge.safetensors"), "must be different files"),
+            (good, ("--report", tmp_path / "judge.safetensors"), "is also --"),
             (good, ("--features", tmp_path / "no" / "f"), "is not a directory"),
             (good, ("--out", tmp_path / "no" / "j"), "is not a directory"),
             (good, ("--data", "nowhere.jsonl"), "nowhere.jsonl")):
