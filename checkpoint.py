@@ -17,7 +17,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError, is_finite, open_weights, read_bytes, read_json, refuse, replacing
+from common import (
+    UserError,
+    is_finite,
+    open_weights,
+    read_bytes,
+    read_json,
+    read_text,
+    refuse,
+    replacing,
+)
 from formats.config import MIXTURE, MULTIMODAL, config_fields
 from linear import prepare
 from model import ModelConfig, Transformer
@@ -334,12 +343,20 @@ def write_weights(planned: dict[str, Planned], out: Path, shard_bytes=SHARD_BYTE
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def write_checkpoint(source: Path, out: Path, planned: dict[str, Planned], config: dict,
-                     tokenizer: dict[str, bytes]):
+def copied(source: Path) -> dict[str, bytes]:
+    """{name: content} of the files of COPIED that a directory has; raises UserError for a bad one.
+    """
+    there = [source / name for name in COPIED if (source / name).exists()]
+    for path in there:
+        (read_json if path.suffix == ".json" else read_text)(path)
+    return {path.name: read_bytes(path) for path in there}
+
+
+def write_checkpoint(out: Path, source: Path, planned: dict[str, Planned], config: dict,
+                     files: dict[str, bytes]):
     """Make the checkpoint directory `out`, whole or not at all.
 
-    It gets the planned weights, config.json, the tokenizer's files {name: content}, and the files
-    of COPIED that `source` has.
+    It gets the planned weights, read from `source`, config.json, and other files {name: content}.
     """
     with replacing(out) as tmp:
         tmp.mkdir()
@@ -350,9 +367,6 @@ def write_checkpoint(source: Path, out: Path, planned: dict[str, Planned], confi
         except SafetensorError as e:
             raise UserError(
                 f"the weights of {source} cannot be read ({e}); fetch them again") from None
-        for name, data in tokenizer.items():
+        for name, data in files.items():
             (tmp / name).write_bytes(data)
-        for name in COPIED:
-            if (source / name).exists():
-                (tmp / name).write_bytes(read_bytes(source / name))
         (tmp / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -357,6 +357,16 @@ def json_values(metadata: dict[str, str] | None, kinds: dict[str, "Kind"], where
     return values
 
 
+def read_text(path) -> str:
+    """A file of UTF-8 text; raises UserError for another."""
+    data = read_bytes(path)
+    refuse((why := not_the_file(data), f"{path}: {why}; fetch it again"))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: it is not UTF-8 text") from None
+
+
 def file_hash(path) -> str:
     """16 hex digits of a file's SHA-256."""
     return hashlib.sha256(read_bytes(path)).hexdigest()[:16]

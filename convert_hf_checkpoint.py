@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from checkpoint import (
-    COPIED,
     PLAIN,
     TOP,
     Planned,
     config_from,
+    copied,
     open_tensors,
     read_rows,
     shapes,
@@ -26,9 +26,7 @@ from checkpoint import (
 )
 from common import (
     Parser,
-    UserError,
     check_writable,
-    not_the_file,
     open_weights,
     read_bytes,
     read_json,
@@ -110,10 +108,7 @@ def main():
     if untied := config.tied and not is_tied(source, config):
         config, hf["tie_word_embeddings"] = replace(config, tied=False), False
     planned = plan(source, config, DTYPES[args.dtype])
-    path = read_vocabulary(source)[1].path
-    for name in COPIED:
-        if (source / name).exists() and (why := not_the_file(read_bytes(source / name))):
-            raise UserError(f"{source / name}: {why}; fetch it again")
+    path, files = read_vocabulary(source)[1].path, copied(source)
     if args.dtype == "bfloat16" and (kinds := kept_better(source)):
         tell(f"{source}: weights of {kinds} are rounded to bfloat16; --dtype float32 keeps them")
     if untied:
@@ -121,7 +116,7 @@ def main():
              "transformers does, although config.json says tie_word_embeddings: true")
     # transformers 5 writes the key "dtype" instead.
     hf |= {key: args.dtype for key in {"torch_dtype"} | (hf.keys() & {"dtype"})}
-    write_checkpoint(source, out, planned, hf, {path.name: read_bytes(path)})
+    write_checkpoint(out, source, planned, hf, files | {path.name: read_bytes(path)})
     say(f"{source} -> {out}: {sum(t.shape.numel() for t in planned.values()):,} parameters in "
         f"{args.dtype}")
 

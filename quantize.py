@@ -19,6 +19,7 @@ from checkpoint import (
     PLAIN,
     Planned,
     config_from,
+    copied,
     fingerprint,
     open_tensors,
     read_rows,
@@ -26,7 +27,17 @@ from checkpoint import (
     weight_files,
     write_checkpoint,
 )
-from common import Parser, UserError, check_writable, read_json, refuse, run, say, tell
+from common import (
+    Parser,
+    UserError,
+    check_writable,
+    read_bytes,
+    read_json,
+    refuse,
+    run,
+    say,
+    tell,
+)
 from linear import GROUP_SIZES, MODES, Quantization, QuantizedLinear
 from model import ModelConfig, Transformer
 
@@ -97,10 +108,10 @@ def main():
                         "it was made from")
     hf["quantization"] = asdict(Quantization(args.mode, args.group_size, fingerprint(source)))
     planned = plan(source, config, config_from(hf, source / "config.json"))
-    tokenizer = {name: (source / name).read_bytes()
-                 for name in ("tokenizer.json", "tokenizer.model")
-                 if (source / name).exists()}
-    write_checkpoint(source, out, planned, hf, tokenizer)
+    files = copied(source) | {name: read_bytes(source / name)
+                              for name in ("tokenizer.json", "tokenizer.model")
+                              if (source / name).exists()}
+    write_checkpoint(out, source, planned, hf, files)
     before, after = (sum(f.stat().st_size for f in weight_files(d)) for d in (source, out))
     say(f"{source} -> {out}: {args.mode}, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")
     if args.mode == "fp8":

@@ -24,6 +24,7 @@ from common import (
     not_the_file,
     read_bytes,
     read_json,
+    read_text,
     refuse,
     shown,
     whole,
@@ -369,9 +370,7 @@ class Tokenizer:
         path = self.directory / "chat_template.jinja"
         template = self.settings.get("chat_template")
         if path.exists():
-            data = read_bytes(path)
-            refuse((why := not_the_file(data), f"{path}: {why}; fetch it again"))
-            template = data.decode("utf-8", errors="replace")
+            template = read_text(path)
         if isinstance(template, list) and all(isinstance(t, dict) for t in template):
             named = {str(t.get("name")): t.get("template") for t in template}  # several
             template = named.get("default")

@@ -479,3 +479,12 @@ def test_stop_check_tells_the_token_that_completes_a_stop_string(homes):
             assert not any(s in t.decode_new(before, ids[:first]) for s in stops)
         stop = stop_check(t, before, ("zz",))
         assert not any(stop(i) for i in ids) and not stop_check(t, before, ())(ids[0])
+
+
+def test_a_chat_template_of_other_bytes_is_named(homes, tmp_path):
+    where = changed(homes, "qwen3", tmp_path)
+    for data, message in ((b"{{ messages }}\xff", "it is not UTF-8 text"), (b"", "it is empty"),
+                          (b"<!DOCTYPE html>", "it is a web page")):
+        (where / "chat_template.jinja").write_bytes(data)
+        with pytest.raises(UserError, match=f"chat_template.jinja: {message}"):
+            Tokenizer.from_dir(where).prompt("x", chat=True)
