@@ -8,6 +8,7 @@ side. A run has a session, a directory, standard files, an environment and limit
 ends as an interpreter does, but for the destructors of its modules. With "exec" the job becomes
 that command line instead, in the same surroundings: a real process to compare with.
 """
+import contextlib
 import gc
 import io
 import json
@@ -65,11 +66,16 @@ def serve(link: socket.socket) -> dict:
     sys.path[0] = str(ROOT)
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot as plt
     import torch
     torch.set_num_threads(1)
     for name in COMMANDS:
         __import__(name)
+    with torch.device("meta"):
+        torch.nn.Embedding(1, 1)  # imports what takes PyTorch two seconds
+    plt.plot([0, 1])
+    plt.savefig(io.BytesIO())
+    plt.close()
     gc.collect()
     gc.freeze()  # the children's collections leave these pages shared
     for line in link.makefile():
@@ -79,13 +85,8 @@ def serve(link: socket.socket) -> dict:
             link.close()
             return job
         hang = not ended(pid, job, start + job["limit"])
-        for _ in range(2):  # what it started goes with it
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                break
-            if hang:
-                break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what it started goes with it
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         answer = {"code": code, "hang": hang, "seconds": time.monotonic() - start}
         link.sendall(json.dumps(answer).encode() + b"\n")
@@ -94,7 +95,7 @@ def serve(link: socket.socket) -> dict:
 
 def ended(pid: int, job: dict, deadline: float) -> bool:
     """Whether the process ends before the deadline; sends the interrupt that it waits for."""
-    fd, text, interrupts = os.pidfd_open(pid), job.get("interrupt"), 0
+    fd, text = os.pidfd_open(pid), job.get("interrupt")
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     try:
@@ -150,6 +151,8 @@ def stream(fd: int):
     raw = io.FileIO(fd, "r" if fd == 0 else "w", closefd=False)
     raw.name = ("<stdin>", "<stdout>", "<stderr>")[fd]
     encoding, _, errors = os.environ.get("PYTHONIOENCODING", "").partition(":")
+    if os.environ.get("LC_ALL") == "C":
+        errors = errors or "surrogateescape"
     buffer = (io.BufferedReader if fd == 0 else io.BufferedWriter)(raw)
     made = io.TextIOWrapper(
         buffer, encoding or "utf-8", "backslashreplace" if fd == 2 else errors or "strict",

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import gzip
 import json
+import math
 import os
 import random
 import shutil
@@ -108,8 +109,8 @@ MAKE = (
     "--features features.safetensors",
     "make_judge_data.py generate --prompts demo.jsonl --models target draft --out answers.jsonl "
     "--temperatures 0,0.7 --max_new_tokens 12",
-    "eval.py --task gsm8k --data gsm8k.jsonl --target target --draft draft --judge judge.safetensors "
-    "--rules target,judge --out results --limit 2",
+    "eval.py --task gsm8k --data gsm8k.jsonl --target target --draft draft --judge "
+    "judge.safetensors --rules target,judge --out results --limit 2",
 )
 
 
@@ -130,15 +131,15 @@ class Base:
 
 NUMBERS = "--speculate_k --max_new_tokens --temperature --top_k --top_p --seed --threshold"
 WORDS = "--device --dtype --draft_dtype --accept"
-TRAIN = ("--max_false_accept --threshold --negative_weight --weight_decay --val_share --lr --epochs "
-         "--seed")
+TRAIN = ("--max_false_accept --threshold --negative_weight --weight_decay --val_share --lr "
+         "--epochs --seed")
 BENCH = ("--repeats 1 --rows 2 --speculate_k 2 --max_new_tokens 4 --prompt_tokens 4 --accepted 1 "
          "--no_compile")
 BASES = [
     Base("generate.py --target target --prompt Hello --max_new_tokens 6 --json out.json",
          "target", "out.json", "", NUMBERS, WORDS, weight=3),
-    Base("generate.py --target target --draft draft --judge judge.safetensors --prompt Hello --chat "
-         "--max_new_tokens 6 --speculate_k 3 --json out.json",
+    Base("generate.py --target target --draft draft --judge judge.safetensors --prompt Hello "
+         "--chat --max_new_tokens 6 --speculate_k 3 --json out.json",
          "target draft judge.safetensors", "out.json", "", NUMBERS, WORDS, weight=6),
     Base("generate.py --target old --draft old --accept kl:1 --prompt 12345 --max_new_tokens 6 "
          "--speculate_k 3 --chat --json out.json", "old", "out.json", "", NUMBERS, WORDS, weight=4),
@@ -224,15 +225,16 @@ BASES = [
 DEEP = 100_000
 VALUES = [  # as they stand in the file
     "null", "true", "false", '""', '"x"', "-1", "0", "2", "1.5", "-0.0", "1e-320", "1e308", "1e400",
-    "-1e400", "NaN", "Infinity", "-Infinity", "1" + "0" * 30, "1" + "0" * 5000, "-9223372036854775809",
-    "9223372036854775808", "4294967296", "[]", "{}", "[[1, 2], [3]]", "[null]", '["x"]', '{"x": 1}',
-    '[{"a": {}}]', "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"',
-    '"a\\udfffb"', '{"\\ud800": 1}', '["\\udc00"]', '"\\u0000"', '"\\u001b[31mred\\u001b[0m"',
+    "-1e400", "NaN", "Infinity", "-Infinity", "1" + "0" * 30, "1" + "0" * 5000,
+    "-9223372036854775809", "9223372036854775808", "4294967296", "[]", "{}", "[[1, 2], [3]]",
+    "[null]", '["x"]', '{"x": 1}', '[{"a": {}}]', "[" * DEEP + "]" * DEEP,
+    '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"a\\udfffb"', '{"\\ud800": 1}',
+    '["\\udc00"]', '"\\u0000"', '"\\u001b[31mred\\u001b[0m"',
     '"\\u001b]0;title\\u0007"', '"a\\nb\\r\\nc"', '"\\u202e\\u2028"', '"../../x"', '"/dev/zero"',
     '"' + "x" * 100_000 + '"', "[" + "0," * 100_000 + "0]", '"é🎉日本"', '"18446744073709551616"',
     '"nan"', '"inf"', "[1, 2, 3]", "[-1]", "[1e400]", "[true]", "[0.5, 0.5]"]
-KEYS = ['"\\ud800"', '""', '"\\u001b[31m"', '"\\u0000"', '"x"', '"' + "k" * 70_000 + '"', '"__class__"',
-        '"é"', '"domain"', '"where"', '"line"', '"id"']
+KEYS = ['"\\ud800"', '""', '"\\u001b[31m"', '"\\u0000"', '"x"', '"' + "k" * 70_000 + '"',
+        '"__class__"', '"é"', '"domain"', '"where"', '"line"', '"id"']
 VALUE, KEY = "@@value@@", "@@key@@"
 
 
@@ -334,9 +336,10 @@ def whole_file(rng, path: Path) -> str:
 def file_kind(rng, path: Path) -> str:
     """Something else in a file's or directory's place."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    kind = rng.choice(["missing", "a directory", "a FIFO", "/dev/zero", "/dev/null", "a loop of links",
-                       "a dangling link", "a socket", "/dev/stdin", "/dev/full", "/dev/random",
-                       "a link to a directory", "/proc/self/fd/0", "/proc/self/status", "/"])
+    kind = rng.choice(["missing", "a directory", "a FIFO", "/dev/zero", "/dev/null",
+                       "a loop of links", "a dangling link", "a socket", "/dev/stdin", "/dev/full",
+                       "/dev/random", "a link to a directory", "/proc/self/fd/0",
+                       "/proc/self/status", "/"])
     if kind == "a directory":
         path.mkdir()
     elif kind == "a FIFO":
@@ -382,15 +385,15 @@ def safetensors_file(rng, path: Path) -> str:
     name = rng.choice([n for n in header if n != "__metadata__"])
     start, end = header[name]["data_offsets"]
     if kind < 0.65:
-        word, what = rng.choice([(b"\xff\xff", "NaN"), (b"\x80\x7f", "inf"), (b"\x80\xff", "-inf"),
-                                 (b"\x7f\x7f", "huge"), (b"\0\0", "zero"), (b"\1\0", "subnormal")])
-        size = 2 if header[name]["dtype"] == "BF16" else 4
-        word = word if size == 2 else (b"\0\0" if word[0] & 0x80 and word[1] & 0x7f else word) + word
+        number = rng.choice([math.nan, math.inf, -math.inf, 3e38, 0.0, 1e-40])
+        kind = torch.bfloat16 if header[name]["dtype"] == "BF16" else torch.float32
+        word = bytes(torch.tensor([number], dtype=kind).view(torch.uint8).tolist())
+        size = len(word)
         count = (end - start) // size
         at, n = (0, count) if rng.random() < 0.5 else (rng.randrange(count), 1)
         rest = rest[:start + at * size] + word * n + rest[start + (at + n) * size:]
         path.write_bytes(with_header(text, rest))
-        return f"{name}: {'all' if n > 1 else 'one'} {what}"
+        return f"{name}: {'all' if n > 1 else 'one'} {number}"
     other = rng.choice(list(header))
     made = {
         "header length huge": struct.pack("<Q", 2**63) + data[8:],
@@ -427,10 +430,11 @@ def metadata_of_safetensors(rng, path: Path) -> str:
     header, rest = header_of(path.read_bytes())
     metadata = header.get("__metadata__", {})
     key = rng.choice([*metadata, "x"])
-    new = rng.choice(["", "nan", "inf", "-1", "2", "x", "1e400", "0x10", "1_0", " 0.5 ", "null", "{}",
-                      "[]", "[[]]", "[1]", '["x"]', "[[1]]", "[[1, 2]]", '[["a", "b", "c"]]',
+    new = rng.choice(["", "nan", "inf", "-1", "2", "x", "1e400", "0x10", "1_0", " 0.5 ", "null",
+                      "{}", "[]", "[[]]", "[1]", '["x"]', "[[1]]", "[[1, 2]]", '[["a", "b", "c"]]',
                       "[[NaN, 0, 0]]", "[null]", "{", "[" * DEEP, "\u0660", "\x1b[31m", "9" * 5000,
-                      '{"target": 1, "data": 2, "dtype": 3}', '{"target": {}, "data": [], "dtype": 0}'])
+                      '{"target": 1, "data": 2, "dtype": 3}',
+                      '{"target": {}, "data": [], "dtype": 0}'])
     if rng.random() < 0.3:
         metadata.pop(key, None)
         what = f"metadata {key} removed"
@@ -443,9 +447,11 @@ def metadata_of_safetensors(rng, path: Path) -> str:
 # ---------------------------------------------------------------- of templates and tokenizers
 
 TEMPLATES = [
-    "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ undefined.x }}", "{% for i in range(10**9) %}x"
-    "{% endfor %}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ 'x' * 10**10 }}", "{{ 'x' * 10**7 }}", "{% set x = 'x' * 10**8 %}{{ x|upper|lower|length }}",
+    "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ undefined.x }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10**10 }}", "{{ 'x' * 10**7 }}",
+    "{% set x = 'x' * 10**8 %}{{ x|upper|lower|length }}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% if %}", "{{", "{{ ''.__class__ }}",
     "{% include 'x' %}", "{% extends 'x' %}", "{% import 'x' as y %}", "", " ",
     "{{ raise_exception('\x1b[31m\n\nx') }}", "{{ messages[9].content }}", "{{ messages.x.y }}",
@@ -453,12 +459,14 @@ TEMPLATES = [
     "{{ 10**5000 }}", "{{ messages|tojson(indent=10**9) }}", "{{ strftime_now(1) }}", "{{ x() }}",
     "{{ strftime_now('%' * 1000) }}", "{% for m in messages %}{{ m.content + 1 }}{% endfor %}",
     "{{ ('a' * 99999)|wordwrap(1) }}", "{{ [1]|batch(0)|list }}", "{{ 'x'|indent(10**9) }}",
-    "{{ '%1000000000d' % 1 }}", "{{ raise_exception('x' * 10**7) }}", "(" * 9999, "{{ " + "(" * 9999,
-    "{{ " + "[" * 2000 + "]" * 2000 + " }}", "{{ range(10**12)|list }}", "{{ messages|sort }}",
-    "{{ {}[[]] }}", "{{ raise_exception() }}", "{{ self }}", "{% raw %}", "{{ 'a'.encode() }}",
-    "{{ messages[0].content.format(a=1) }}", "{{ '{0.__class__}'.format(1) }}", "\ufdd0", "{{ none.x }}",
-    "{{ raise_exception(none) }}", "{% set ns = namespace() %}{{ ns.x.y }}", "{{ 'x'|nofilter }}",
-    "{{ messages|map(attribute='x.y.z')|list|join(1) }}", "{{ lipsum(n=10**6) }}", "{{ 2.0**9999 }}"]
+    "{{ '%1000000000d' % 1 }}", "{{ raise_exception('x' * 10**7) }}", "(" * 9999,
+    "{{ " + "(" * 9999, "{{ " + "[" * 2000 + "]" * 2000 + " }}", "{{ range(10**12)|list }}",
+    "{{ messages|sort }}", "{{ {}[[]] }}", "{{ raise_exception() }}", "{{ self }}", "{% raw %}",
+    "{{ 'a'.encode() }}", "{{ messages[0].content.format(a=1) }}",
+    "{{ '{0.__class__}'.format(1) }}", "\ufdd0", "{{ none.x }}", "{{ raise_exception(none) }}",
+    "{% set ns = namespace() %}{{ ns.x.y }}", "{{ 'x'|nofilter }}",
+    "{{ messages|map(attribute='x.y.z')|list|join(1) }}", "{{ lipsum(n=10**6) }}",
+    "{{ 2.0**9999 }}"]
 
 
 def template(rng, path: Path) -> str:
@@ -481,9 +489,10 @@ def model_file(rng, path: Path) -> str:
         "ranks, a negative one": ranks + letter(b"ab") + b" -1\n",
         "ranks, no number": ranks + letter(b"ab") + b" x\n", "ranks, no base64": ranks + b"! 300\n",
         "ranks, three words": ranks + b"YQ== 300 4\n", "ranks, a few": ranks[:40],
-        "ranks, an empty token": ranks + b" 300\n", "ranks, rank of two": ranks + letter(b"ab") + b" 5\n",
-        "pieces alone": data[:2000], "protobuf of nothing": b"\x0a\x00", "a digit of Arabic":
-        "YQ== \u0663\n".encode(), "a superscript": "YQ== \u00b2\n".encode()}
+        "ranks, an empty token": ranks + b" 300\n",
+        "ranks, rank of two": ranks + letter(b"ab") + b" 5\n", "pieces alone": data[:2000],
+        "protobuf of nothing": b"\x0a\x00", "a digit of Arabic": "YQ== \u0663\n".encode(),
+        "a superscript": "YQ== \u00b2\n".encode()}
     what = rng.choice(list(made))
     path.write_bytes(made[what])
     return what
@@ -515,7 +524,8 @@ class Run:
             self.done.append(what)
 
     def __str__(self):
-        return f"{' '.join(shown(short(a)) for a in self.argv)}   [{'; '.join(map(shown, self.done))}]"
+        line = " ".join(shown(short(a)) for a in self.argv)
+        return f"{line}   [{'; '.join(map(shown, self.done))}]"
 
 
 def shown(text: str) -> str:
@@ -551,8 +561,8 @@ def in_place(run, rng):
         return f"{path.relative_to(run.home)} {file_kind(rng, path)}"
 
 
-NAMES = ["a\x1b[31mb", "a\nb", "b\udcff\udcfe", "🎉", "x" * 255, "-x", " ", "a b", "a\u202eb", "%s{}", "*",
-         "[a-z]", "x" * 240, "'\"", "\x07", "a:b", "~", "$HOME", "a\rb", "é"]
+NAMES = ["a\x1b[31mb", "a\nb", "b\udcff\udcfe", "🎉", "x" * 255, "-x", " ", "a b", "a\u202eb",
+         "%s{}", "*", "[a-z]", "x" * 240, "'\"", "\x07", "a:b", "~", "$HOME", "a\rb", "é"]
 
 
 def rename(run, rng):
@@ -565,13 +575,16 @@ def rename(run, rng):
         return f"{name} is called {short(new)!r}"
 
 
-VALUES_OF_FLAGS = ["-1", "0", "1", "1e-320", "1e-45", "1e308", "nan", "inf", "-inf", "1" + "0" * 30, "",
-                   "1" + "0" * 5000, "\udcff", "0.5", "x", "1e400", "2147483648", "9223372036854775808",
-                   "1,2", ",", "0,0", "1_0", " 3", "\u0663", "99999999", "4096", "\x1b[31m", "1e-3"]
-WORDS_OF_FLAGS = ["", "x", "cuda", "bfloat16", "float16", "\udcff", "judge:nan", "topk:0", "topk:1e30",
-                  "typical:1", "kl:-1", "kl:inf", "judge:1e-320", "standard:1", "judge:", ":", "topk:x",
-                  "a,b,,", "\x1b[31m", "fp8", "int8", "int4", "hf", "autojudge", "bisect", "arc", "demo",
-                  "x" * 5000, "target", "draft", "topk:9999999", "gsm8k", "humaneval"]
+VALUES_OF_FLAGS = ["-1", "0", "1", "1e-320", "1e-45", "1e308", "nan", "inf", "-inf", "1" + "0" * 30,
+                   "", "1" + "0" * 5000, "\udcff", "0.5", "x", "1e400", "2147483648",
+                   "9223372036854775808", "1,2", ",", "0,0", "1_0", " 3", "\u0663", "99999999",
+                   "4096", "\x1b[31m", "1e-3"]
+LONG = "4096", "99999999", "2147483648", "9223372036854775808"
+WORDS_OF_FLAGS = ["", "x", "cuda", "bfloat16", "float16", "\udcff", "judge:nan", "topk:0",
+                  "topk:1e30", "typical:1", "kl:-1", "kl:inf", "judge:1e-320", "standard:1",
+                  "judge:", ":", "topk:x", "a,b,,", "\x1b[31m", "fp8", "int8", "int4", "hf",
+                  "autojudge", "bisect", "arc", "demo", "x" * 5000, "target", "draft",
+                  "topk:9999999", "gsm8k", "humaneval"]
 
 
 def put_flag(run, flag, value):
@@ -584,6 +597,8 @@ def put_flag(run, flag, value):
 def number_flag(run, rng):
     if run.base.numbers:
         flag, value = rng.choice(run.base.numbers), rng.choice(VALUES_OF_FLAGS)
+        if flag in ("--samples", "--repeats") and value in LONG:  # so much work is no fault
+            return None
         put_flag(run, flag, value)
         return f"{flag} {short(value)!r}"
 
@@ -598,7 +613,8 @@ def word_flag(run, rng):
 def odd_flags(run, rng):
     """A flag without its value, twice, left out, or unknown; a text that is none."""
     flags = [i for i, a in enumerate(run.argv) if a.startswith("--")]
-    i, kind = rng.choice(flags), rng.choice(("no value", "twice", "left out", "unknown", "text", "last"))
+    i, kind = rng.choice(flags), rng.choice(("no value", "twice", "left out", "unknown", "text",
+                                             "last"))
     flag, valued = run.argv[i], run.argv[i + 1:i + 2] and not run.argv[i + 1].startswith("--")
     if kind == "no value" and valued:
         del run.argv[i + 1]
@@ -607,10 +623,12 @@ def odd_flags(run, rng):
     elif kind == "left out":
         del run.argv[i:i + 1 + bool(valued)]
     elif kind == "unknown":
-        run.argv.append(flag := rng.choice(["--x", "-", "--", "--\x1b[31m", "--\udcff", "x", "--t", "-h"]))
+        run.argv.append(flag := rng.choice(["--x", "-", "--", "--\x1b[31m", "--\udcff", "x", "--t",
+                                            "-h"]))
     elif kind == "text" and "--prompt" in run.argv:
         put_flag(run, flag := "--prompt", rng.choice(
-            ["", "\udcff", " ", "x " * 20_000, "\x1b[31m", "\ufdd0<s>\ufdd1", "a\nb", "<|eot_id|>"]))
+            ["", "\udcff", " ", "x " * 20_000, "\x1b[31m", "\ufdd0<s>\ufdd1", "a\nb",
+             "<|eot_id|>"]))
     elif kind == "last" and valued:
         run.argv = run.argv[:i] + run.argv[i + 2:] + [flag]
     else:
@@ -684,20 +702,23 @@ def more_output(run, rng):
 
 def surroundings(run, rng):
     """Standard files closed, another language, no home, no place for temporary files."""
-    kind = rng.choice(["stdout closed", "stdout gone", "stdout full", "stderr closed", "stderr gone",
-                       "stderr full", "stdin closed", "stdin", "LANG", "ascii", "HOME", "cwd",
-                       "TMPDIR", "NO_COLOR", "COLUMNS", "no PATH", "WORLD_SIZE", "OMP"])
+    kind = rng.choice(["stdout closed", "stdout gone", "stdout full", "stderr closed",
+                       "stderr gone", "stderr full", "stdin closed", "stdin", "LANG", "ascii",
+                       "HOME", "cwd", "TMPDIR", "NO_COLOR", "COLUMNS", "no PATH", "WORLD_SIZE",
+                       "OMP"])
     name, _, how = kind.partition(" ")
     if how in ("closed", "gone", "full") and not (run.base.interrupt and name == "stdout"):
         run.closed[name] = "/dev/full" if how == "full" else how
     elif kind == "stdin":
-        run.stdin = rng.choice([b"\xff\xfe\n", b"\0\0\n", b"x" * 1_000_000, b"a\rb\nc", b"\xed\xa0\x80\n",
-                                b"the cat " * 3000 + b"\n", b"\x1b[31m\n", b"a", b"\n" * 1000])
+        run.stdin = rng.choice([b"\xff\xfe\n", b"\0\0\n", b"x" * 1_000_000, b"a\rb\nc",
+                                b"\xed\xa0\x80\n", b"the cat " * 3000 + b"\n", b"\x1b[31m\n", b"a",
+                                b"\n" * 1000])
     elif kind in SETTINGS:
         run.env |= SETTINGS[kind]
     elif kind == "cwd":
         run.lost = True
-        run.argv = [run.argv[0], *(str(run.home / a) if a in (*run.inputs, *run.outputs, *run.base.logs)
+        run.argv = [run.argv[0], *(str(run.home / a) if a in (*run.inputs, *run.outputs,
+                                                              *run.base.logs)
                                    else a for a in run.argv[1:])]
     else:
         return None
@@ -710,7 +731,8 @@ SETTINGS = {
     "COLUMNS": {"COLUMNS": "-5", "LINES": "x"}, "no PATH": {"PATH": ""},
     "WORLD_SIZE": {"WORLD_SIZE": "x", "RANK": "0"}, "OMP": {"OMP_NUM_THREADS": "x"}}
 CHECKPOINT = ("config.json", "generation_config.json", "tokenizer_config.json", "settings.json",
-              "special_tokens_map.json", "added_tokens.json", "index.json", "big.json", "small.json")
+              "special_tokens_map.json", "added_tokens.json", "index.json", "big.json",
+              "small.json")
 KINDS = [
     (on_file(json_file, CHECKPOINT), 20), (on_file(json_file, "tokenizer.json"), 3),
     (on_file(json_lines_file, (".jsonl", ".jsonl.gz", ".skipped")), 14),

@@ -1,5 +1,5 @@
-"""Every command on malformed inputs: each run ends in time, by success or by one line that says why,
-and leaves its inputs as they were and its outputs whole or absent.
+"""Every command on malformed inputs: each run ends in time, by success or by one line that says
+why, and leaves its inputs as they were and its outputs whole or absent.
 
     FUZZ_SEED=3 FUZZ_RUNS=500 pytest -n 0 tests/test_fuzz.py -m slow     # other runs, or more
     FUZZ_SEED=3 FUZZ_ONLY=417 pytest -n 0 tests/test_fuzz.py -m slow     # one of them again
@@ -21,8 +21,10 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
+from checkpoint import COPIED
 from fork_server import ROOT, Server
 from fuzz import BASES, Run, make_inputs
+from load import read_vocabulary
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the fork server is Linux's")
 SEED = int(os.environ.get("FUZZ_SEED", 0))
@@ -64,9 +66,10 @@ def strict(text: str):
 
 def check_file(path: Path):
     """Raise an exception if an output is not whole."""
-    if path.is_dir():
-        for inside in path.iterdir():
-            check_file(inside)
+    if path.name == "config.json":  # a checkpoint; some of its files are the source's, as they are
+        read_vocabulary(path.parent)
+    elif path.name in COPIED or path.name.startswith("tokenizer"):
+        pass
     elif path.suffix == ".json":
         strict(path.read_text("utf-8"))
     elif path.suffix == ".safetensors":
@@ -84,7 +87,7 @@ def check_file(path: Path):
         path.read_text("utf-8")
 
 
-def faults_of_files(run: Run, before: dict, after: dict, code: int):
+def faults_of_files(run: Run, before: dict, after: dict):
     """What is wrong with the files that a run has left."""
     for name in sorted(before.keys() | after.keys()):
         top, path = name.split("/")[0], run.home / name
@@ -134,24 +137,25 @@ def job_of(run: Run, words: Path) -> dict:
     for name in ("out", "err"):
         (words / name).write_bytes(b"")
     return {"script": str(ROOT / run.argv[0]), "argv": run.argv[1:], "cwd": str(run.home),
-            "lost": run.lost, "env": env, "interrupt": run.base.interrupt, "limit": LIMIT,
+            "lost": run.lost, "env": env, "interrupt": run.base.interrupt,
             **{name: str(path) for name, path in files.items()}}
 
 
-def play(server: Server, number: int, inputs: Path, place: Path, real=False, base=None):
-    """Make the run and play it: (run, exit code, stdout, stderr, faults)."""
+def play(server: Server, number: int, inputs: Path, place: Path, limit=LIMIT, start=(), base=None,
+         judge=faults_of_words):
+    """Make the run and play it: (run, exit code, stdout, stderr, faults).
+
+    start: what to start as a process of its own, before the script's name.
+    """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     run = Run(SEED, number, inputs, place / "run", base)
-    before, job = tree(run.home), job_of(run, place)
-    if real:
-        job |= {"exec": [sys.executable, job["script"]], "limit": 3 * LIMIT}
-    end = server(job)
-    if end["hang"]:  # or is the machine busy?
-        return run, None, "", "", [f"it takes more than {job['limit']:g} seconds"]
+    before, job = tree(run.home), job_of(run, place) | {"limit": limit}
+    end = server(job | {"exec": [*start, job["script"]]} if start else job)
+    if end["hang"]:
+        return run, None, "", "", [f"it takes more than {limit:g} seconds"]
     out, err = ((place / n).read_text("utf-8", "backslashreplace") for n in ("out", "err"))
-    faults = [*faults_of_words(run, end["code"], out, err),
-              *faults_of_files(run, before, tree(run.home), end["code"])]
+    faults = [*judge(run, end["code"], out, err), *faults_of_files(run, before, tree(run.home))]
     return run, end["code"], out, err, faults
 
 
@@ -161,18 +165,20 @@ def play(server: Server, number: int, inputs: Path, place: Path, real=False, bas
 def fuzzing(tmp_path_factory):
     """Servers, the valid inputs, and a place for runs."""
     home = tmp_path_factory.mktemp("fuzz")
-    servers = [Server() for _ in range(SERVERS)]
+    servers = [Server()]
 
     def make(argv):
         words = SimpleNamespace(argv=argv, base=SimpleNamespace(interrupt=None), env={}, stdin=b"",
                                 home=home / "inputs", closed={}, lost=False)
-        end = servers[0](job_of(words, home))
+        end = servers[0](job_of(words, home) | {"limit": 10 * LIMIT})
         assert end["code"] == 0 and not end["hang"], (argv, (home / "err").read_text())
 
     make_inputs(home / "inputs", make)
     yield servers, home
     for server in servers:
         server.close()
+    for name in ("null", "zero", "full"):
+        assert stat.S_ISCHR(os.stat(f"/dev/{name}").st_mode), f"a run has replaced /dev/{name}"
 
 
 def tail(text: str, lines=12) -> str:
@@ -191,9 +197,13 @@ def fuzz(fuzzing, numbers, real=REAL) -> list[str]:
         place = home / f"run{number}"
         try:
             run, code, out, err, faults = play(server, number, home / "inputs", place)
+            if code is None:  # or is the machine busy?
+                run, code, out, err, faults = play(server, number, home / "inputs", place,
+                                                   3 * LIMIT)
             codes[code] = codes.get(code, 0) + 1
             if number % real == real // 2 and not faults:
-                _, again, _, other, more = play(server, number, home / "inputs", place, True)
+                _, again, _, other, more = play(server, number, home / "inputs", place, 3 * LIMIT,
+                                                [sys.executable])
                 faults += [f"as a process of its own: {fault}" for fault in more]
                 if again != code or tail(err, 1) != tail(other, 1) and code == 2:
                     faults.append(f"as a process of its own: {again}, {tail(other, 3)}")
@@ -233,8 +243,37 @@ def test_a_few_malformed_runs(fuzzing):
     assert not reports, said(reports)
 
 
+RANKED = "generate.py", "train_judge.py", "make_judge_data.py", "eval.py"
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+LOG = re.compile(r"^[EW]\d{4} .*torch/distributed|^Traceback.*\n.*torch/distributed", re.MULTILINE)
+
+
+def faults_of_ranks(run: Run, code: int, out: str, err: str):
+    """As `faults_of_words`; torchrun adds its own log, and makes exit code 1 of any other."""
+    return faults_of_words(run, 2 if code == 1 else code, out, LOG.split(err)[0])
+
+
+@pytest.mark.slow
+def test_two_ranks_on_malformed_inputs(fuzzing):
+    servers, home = fuzzing
+    reports, number, played = [], 0, 0
+    while played < 5:
+        number -= 1
+        run = Run(SEED, number, home / "inputs", home / "drawn")
+        shutil.rmtree(home / "drawn")
+        if run.argv[0] in RANKED and not (run.closed or run.env or run.lost or "merge" in run.argv):
+            played += 1
+            _, code, _, err, faults = play(servers[0], number, home / "inputs", home / "ranks",
+                                           6 * LIMIT, LAUNCH, judge=faults_of_ranks)
+            if faults:
+                reports.append(f"FUZZ_SEED={SEED}, {number}: {run}\n  {'; '.join(faults)}\n"
+                               + tail(LOG.split(err)[0]))
+    assert not reports, said(reports)
+
+
 @pytest.mark.slow
 def test_malformed_runs(fuzzing):
+    fuzzing[0].extend(Server() for _ in range(SERVERS - 1))
     reports = fuzz(fuzzing, [int(ONLY)] if ONLY else range(RUNS))
     if path := os.environ.get("FUZZ_REPORT"):
         Path(path).write_text("\n\n".join(reports))
