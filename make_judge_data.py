@@ -174,7 +174,7 @@ def make_answers(args):
                 log.append(line)
                 bar.update()
     job.broadcast()
-    if log.lines and log.end() > args.out.stat().st_size:
+    if log.end() > log.size:
         log.open()  # writes the line end that a kill left out
     log.close()
     lines = log.values
