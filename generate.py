@@ -283,7 +283,8 @@ def main():
     if args.interactive:
         converse(args, engine, tokenizer)
     else:
-        save(args, [respond(args, engine, tokenizer, tokenizer.prompt(args.prompt, args.chat))])
+        respond(args, engine, tokenizer, tokenizer.prompt(args.prompt, args.chat),
+                lambda result: save(args, [result]))
 
 
 def converse(args, engine: Engine, tokenizer: Tokenizer):
@@ -291,6 +292,11 @@ def converse(args, engine: Engine, tokenizer: Tokenizer):
     """
     talk = Conversation(tokenizer, args.chat, engine.context, args.max_new_tokens)
     results = []
+
+    def keep(result):
+        results.append(result)
+        save(args, results)
+
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # one bad byte would take lines with it
     save(args, results)
@@ -306,14 +312,15 @@ def converse(args, engine: Engine, tokenizer: Tokenizer):
             tell(f"the chat has outgrown the context of {engine.context} tokens; it goes on "
                  f"without its oldest {dropped} turn{'s' * (dropped > 1)}")
         with held_back_signals() as stop:
-            results.append(respond(args, engine, tokenizer, prompt, stop))
-            save(args, results)
+            respond(args, engine, tokenizer, prompt, keep, stop)
         talk.add(text, prompt, dropped, results[-1])
 
 
-def respond(args, engine: Engine, tokenizer: Tokenizer, prompt: list[int],
-            stop=lambda token: False) -> Result:
-    """Print what follows the prompt as it comes; `stop` is generate's."""
+def respond(args, engine: Engine, tokenizer: Tokenizer, prompt: list[int], keep,
+            stop=lambda token: False):
+    """Print what follows the prompt as it comes. `keep(result)` is called before the last words,
+    whose reader may be gone; `stop` is generate's.
+    """
     length = len(prompt) + args.max_new_tokens
     if args.compile and length + engine.speculate_k > engine.capacity < engine.context:
         start = time.perf_counter()
@@ -322,10 +329,10 @@ def respond(args, engine: Engine, tokenizer: Tokenizer, prompt: list[int],
     eos_ids = () if args.ignore_eos else tokenizer.eos_ids
     show, finish = printer(tokenizer, prompt, eos_ids, sys.stdout)
     result = generate(engine, prompt, args.max_new_tokens, eos_ids, show, stop)
-    finish()
     result.text = tokenizer.decode_new(prompt, [t for t in result.tokens if t not in eos_ids])
+    keep(result)
+    finish()
     tell(summary(result))
-    return result
 
 
 def save(args, results: list[Result]):

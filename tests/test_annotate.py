@@ -507,6 +507,8 @@ def test_a_decision_that_does_not_fit_the_answer_is_refused(data, tmp_path):
         # a second window is behind
         assert app.post("/decide", name="other", choice=None)[0] == 409
         assert app.post("/undo", name="other")[0] == 409
+        for name in ([], {}, 1, True, 1.5, [app.post("/state", name=None)[1]["name"]]):
+            assert app.post("/decide", name=name, choice=None)[0] == 400
         for body in (None, "", "{", "[]", "{}"):
             assert app.request("POST", "/decide", body, X_Token=app.token)[0] == 400
         assert app.request("POST", "/decide", "{}", X_Token=app.token,
@@ -611,9 +613,9 @@ def test_no_request_breaks_the_server(server, tmp_path, capfd):
 
 def test_silent_clients_are_answered(server, monkeypatch):
     """Ones that announce more than they send, or send more than is read."""
+    assert b"400" in say(server, b"GET /\r\n", end=False)[:20]  # HTTP/0.9 ends there
     monkeypatch.setattr(annotate.Handler, "timeout", 0.2)
     assert b"400" in say(server, raw(server, body=b"{}", length=b"50"), end=False)[:20]
-    assert b"400" in say(server, b"GET /\r\n", end=False)[:20]
     assert b"400" in say(server, b"GET / HTTP/1.1\r\nHost: x\r\n", end=False)[:20]
     much = raw(server, body=b" " * (annotate.MAX_BODY + 1))
     assert b"400" in say(server, much)[:20]

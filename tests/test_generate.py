@@ -336,6 +336,7 @@ def test_a_temperature_too_low_for_float32_is_greedy(accept, more):
     for t in (*COLD, *(10 ** rng.uniform(-320, -30) for _ in range(4))):
         got = text(t)
         assert (got.tokens, got.sources) == (want.tokens, want.sources), t
+        assert make(models()["target"], temperature=t).noise(1) is None, t
     near = text(1.1 * judge.COLDEST)  # sampled, from distributions of one token each
     assert (near.tokens, near.accept_counts) == (want.tokens, want.accept_counts)
 
@@ -771,6 +772,17 @@ def test_what_was_said_is_kept_when_a_signal_ends_the_chat(chatty, tmp_path, mon
     texts = [t for r in kept for t in r["tokens"]]
     assert texts == sum(shown, []) or texts[:-1] == sum(shown, [])
     assert [len(r["tokens"]) for r in kept] == ([8, 4] if moment == "while generating" else [8])
+
+
+def test_a_turn_is_kept_before_the_line_about_it_is_written(chatty, tmp_path, monkeypatch):
+    """Its reader may be gone."""
+    def gone(line):
+        raise BrokenPipeError
+    monkeypatch.setattr(G, "tell", gone)
+    with pytest.raises((BrokenPipeError, SystemExit)):
+        chat(monkeypatch, b"the cat\nsat\n", "--target", chatty / "target", "--json",
+             tmp_path / "o.json")
+    assert len(json.loads((tmp_path / "o.json").read_text())["tokens"]) == 8
 
 
 def test_a_second_signal_ends_a_turn_at_once():
