@@ -614,6 +614,9 @@ def test_no_request_breaks_the_server(server, tmp_path, capfd):
 def test_silent_clients_are_answered(server, monkeypatch):
     """Ones that announce more than they send, or send more than is read."""
     assert b"400" in say(server, b"GET /\r\n", end=False)[:20]  # HTTP/0.9 ends there
+    for length in (b"-1", b"+2", b"0_2", b"1e3", b""):
+        said = say(server, raw(server, body=b"{}", length=length), end=False)
+        assert b"400" in said[:20] and b"must say its length" in said, length
     monkeypatch.setattr(annotate.Handler, "timeout", 0.2)
     assert b"400" in say(server, raw(server, body=b"{}", length=b"50"), end=False)[:20]
     assert b"400" in say(server, b"GET / HTTP/1.1\r\nHost: x\r\n", end=False)[:20]
