@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from stat import S_ISREG
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -259,26 +260,29 @@ class AnswerLog:
 
     def __init__(self, path: Path, settings: dict | None = None, about: Path | None = None,
                  torn=lambda tail: True):
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
         self.path, self.settings, self.about, self.fd = path, settings, about, None
-        self.stat = path.stat() if path.exists() else None  # which file it is
+        self.stat = self.status()  # which file it is
+        if self.stat and not S_ISREG(self.stat.st_mode):
+            raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
         self.size = self.stat.st_size if self.stat else 0  # as this run read or left it
-        self.lines = json_lines(path, torn=torn) if path.exists() else []
+        self.lines = json_lines(path, torn=torn) if self.stat else []
 
     @property
     def values(self) -> list[dict]:
         return [line.value for line in self.lines]
 
-    def check(self):
-        """Refuse a file that was removed, replaced or changed since this run read or wrote it."""
+    def status(self) -> os.stat_result | None:
+        """Of what stands at the path now, None if nothing does."""
         try:
-            now = os.stat(self.path)
+            return os.stat(self.path)
         except FileNotFoundError:
-            now = None
+            return None
         except OSError as e:
             raise UserError(f"cannot write {self.path}: {e.strerror}") from None
-        what = None
+
+    def check(self):
+        """Refuse a file that was removed, replaced or changed since this run read or wrote it."""
+        now, what = self.status(), None
         if self.stat and not now:
             what = "was removed or renamed"
         elif self.stat and not os.path.samestat(now, self.stat):
@@ -345,7 +349,7 @@ class AnswerLog:
         if first:
             self.open()
         self.check()
-        if self.about and (first or not self.about.exists()):  # removed: it tells what we append to
+        if self.about and (first or not os.path.exists(self.about)):  # or removed meanwhile
             write_json(self.about, self.settings)
         # ASCII: a raw U+2028 would end the line for many readers.
         start, data = self.size, json.dumps(value).encode() + b"\n"
@@ -370,8 +374,8 @@ def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(
     Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
     in `optional` only where both sides have a value.
     """
-    if not about.exists():
-        if answers.exists() and answers.stat().st_size:
+    if not os.path.exists(about):
+        if os.path.exists(answers) and os.path.getsize(answers):
             raise UserError(f"{answers} is there without {about.name}, so how it was made is "
                             "unknown; take another --out")
         return {}

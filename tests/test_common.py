@@ -225,3 +225,14 @@ def test_a_log_works_where_files_cannot_be_locked(tmp_path, monkeypatch):
     log.path.unlink()
     with pytest.raises(UserError, match="was removed"):
         log.append({"i": 1})
+
+
+def test_a_path_that_no_file_can_have_is_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    (tmp_path / "file").write_text("")
+    for path, why in ((loop, "symbolic links"), (tmp_path / ("x" * 300), "too long"),
+                      (tmp_path / "file" / "x", "Not a directory")):
+        with pytest.raises(UserError, match=f"cannot write {path}: .*{why}"):
+            AnswerLog(path)
+        assert saved_settings(path, path, {}) == {}
