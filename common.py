@@ -27,6 +27,7 @@ except ImportError:  # Windows: an answer log is not locked there
     fcntl = None
 
 
+DEEPEST = 200  # levels of nested JSON: well below what Python's own stack allows anywhere
 LONGEST = 1500  # characters of an error's line: it may repeat what a file or a flag holds
 
 
@@ -303,6 +304,8 @@ def parse_json(data: bytes, halves=False) -> dict:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=constant, parse_float=number)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+        if data.count(b"[") + data.count(b"{") > DEEPEST and depth(value) > DEEPEST:
+            raise RecursionError
         if not halves and re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -317,6 +320,15 @@ def parse_json(data: bytes, halves=False) -> dict:
         raise ValueError(str(e)) from None
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e})") from None
+
+
+def depth(value) -> int:
+    """How deep a JSON value is nested."""
+    level, deep = [value], 0
+    while level:
+        inside = (x.values() if isinstance(x, dict) else x for x in level)
+        level, deep = [y for x in inside for y in x if isinstance(y, (dict, list))], deep + 1
+    return deep
 
 
 def check_file(path):
@@ -515,81 +527,111 @@ class AnswerLog:
 
     `append` and `pop` return when the change is on disk. The file, and `settings` at `about`, are
     made with the first line, so a run that is refused before leaves nothing behind. An unfinished
-    last line is cut off where `torn(bytes)` says that it is ours.
+    last line is cut off where `torn(bytes)` says that it is ours. A file that is not as this run
+    read or left it belongs to another hand by then: it is neither written to nor cut.
     """
 
     def __init__(self, path: Path, settings: dict | None = None, about: Path | None = None,
                  torn=lambda tail: True, kinds=()):
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
         self.path, self.settings, self.about, self.fd = path, settings, about, None
-        self.size = path.stat().st_size if path.exists() else 0  # when it was read
-        self.lines = json_lines(path, None, torn, kinds, halves=True) if path.exists() else []
+        self.stat = self.status()  # which file it is
+        if self.stat and not stat.S_ISREG(self.stat.st_mode):
+            raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
+        self.size = self.stat.st_size if self.stat else 0  # as this run read or left it
+        self.lines = json_lines(path, None, torn, kinds, halves=True) if self.stat else []
 
     @property
     def values(self) -> list[dict]:
         return [line.value for line in self.lines]
 
+    def status(self) -> os.stat_result | None:
+        """Of what stands at the path now, None if nothing does."""
+        try:
+            return os.stat(self.path)
+        except FileNotFoundError:
+            return None
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}") from None
+
+    def check(self):
+        """Refuse a file that was removed, replaced or changed since this run read or wrote it."""
+        now, what = self.status(), None
+        if self.stat and not now:
+            what = "was removed or renamed"
+        elif self.stat and not os.path.samestat(now, self.stat):
+            what = "was replaced"
+        elif self.size != (now.st_size if now else 0):
+            what = "was changed by another run or program"
+        if what:
+            raise UserError(f"{self.path} {what} while this run used it, so it is left as it is; "
+                            "look at what is there, then start again")
+
     def open(self):
         """Lock the file and cut off an unfinished last line."""
-        fd = None
+        flags = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)  # Windows would write \r\n
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self.fd = os.open(self.path, flags | (0 if self.stat else os.O_CREAT), 0o666)
             if fcntl:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 directory = os.open(self.path.parent, os.O_RDONLY)
                 os.fsync(directory)  # the name of a new file is on disk too
                 os.close(directory)
-            if os.fstat(fd).st_size != self.size:  # lines that we have not read must not be cut
-                raise UserError(f"{self.path} was changed by another run meanwhile; start again")
-            self.fd, fd = fd, None
+            self.stat = self.stat or os.fstat(self.fd)
+            self.check()
             if self.end() <= self.size:
                 self.cut(self.end())
             else:
                 self.write(b"\n")
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another run; stop that one, or name another "
-                            "--out") from None
-        except OSError as e:
-            raise UserError(f"cannot write {self.path}: {e.strerror}") from None
-        finally:
-            if fd is not None:
-                os.close(fd)
+        except BaseException as e:
+            self.close()
+            if isinstance(e, FileNotFoundError):
+                self.check()
+            if isinstance(e, BlockingIOError):
+                raise UserError(f"{self.path} is in use by another run; stop that one, or name "
+                                "another --out") from None
+            if isinstance(e, OSError):
+                raise UserError(f"cannot write {self.path}: {e.strerror}") from None
+            raise
 
     def close(self):
         if self.fd is not None:
-            self.size = os.fstat(self.fd).st_size
             os.close(self.fd)
             self.fd = None
 
     def end(self) -> int:
         return self.lines[-1].end if self.lines else 0
 
-    def cut(self, end: int):
-        os.ftruncate(self.fd, end)
+    def cut(self, size: int):
+        os.ftruncate(self.fd, size)
         os.fsync(self.fd)
+        self.size = size
 
     def write(self, data: bytes):
-        if os.write(self.fd, data) != len(data):
-            raise OSError(None, "no room for the whole line")
-        os.fsync(self.fd)
+        """Append the data whole or, if the disk is full, not at all."""
+        try:
+            if os.write(self.fd, data) != len(data):
+                raise OSError(None, "no room for the whole line")
+            os.fsync(self.fd)
+        except OSError:
+            self.cut(self.size)
+            raise
+        self.size += len(data)
 
     def append(self, value: dict):
-        if self.fd is None:
+        first = self.fd is None
+        if first:
             self.open()
-            if self.about:
-                write_json(self.about, self.settings)
+        self.check()
+        if self.about and (first or not os.path.exists(self.about)):  # or removed meanwhile
+            write_json(self.about, self.settings)
         # ASCII: a raw U+2028 would end the line for many readers.
-        start, data = self.end(), json.dumps(value).encode() + b"\n"
-        try:
-            self.write(data)
-        except OSError:
-            self.cut(start)
-            raise
+        start, data = self.size, json.dumps(value).encode() + b"\n"
+        self.write(data)
         where = f"{self.path}, line {len(self.lines) + 1}"
-        self.lines.append(Line(where, value, start, start + len(data)))
+        self.lines.append(Line(where, value, start, self.size))
 
     def pop(self):
+        self.check()
         self.cut(self.lines[-1].start)
         self.lines.pop()
 
@@ -606,8 +648,8 @@ def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(
     Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
     in `optional` only where both sides have a value.
     """
-    if not about.exists():
-        if answers.exists() and answers.stat().st_size:
+    if not os.path.exists(about):
+        if os.path.exists(answers) and os.path.getsize(answers):
             raise UserError(f"{answers} is there without {about.name}, so how it was made is "
                             "unknown; take another --out")
         return {}

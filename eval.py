@@ -299,6 +299,7 @@ def rescore(args):
     for answer in answers.values():
         score = task.score(examples[answer["id"]], answer["text"])
         answer["right"], answer["how"] = score.right, score.how
+    log.check()  # nobody else's line is written over
     write_text(path, "".join(json.dumps(a) + "\n" for a in answers.values()))
     log.close()
     conclude(args.out, answers, saved)
