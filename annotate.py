@@ -21,7 +21,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common import (
-    AnswerLog,
     Line,
     Parser,
     UserError,
@@ -33,6 +32,7 @@ from common import (
     say,
     visible,
 )
+from formats.answer_log import AnswerLog
 from judge_data.data import check_texts, is_error
 
 PAGE = Path(__file__).with_name("judge_data") / "annotate.html"

@@ -34,7 +34,6 @@ from checkpoint import fingerprint
 from common import (
     FLAG,
     TEXT,
-    AnswerLog,
     Parser,
     UserError,
     check_apart,
@@ -45,7 +44,6 @@ from common import (
     needed,
     number,
     refuse,
-    saved_settings,
     say,
     tell,
     whole,
@@ -57,6 +55,7 @@ from evaluation import report
 from evaluation.replay import read_texts, replay
 from evaluation.report import PLAIN
 from evaluation.tasks import TASKS, Task
+from formats.answer_log import AnswerLog, saved_settings
 from judge import RULES
 from load import (
     Loaded,

@@ -30,7 +30,6 @@ from common import (
     FLAG,
     OBJECT,
     TEXT,
-    AnswerLog,
     Line,
     Parser,
     UserError,
@@ -43,13 +42,13 @@ from common import (
     number,
     refuse,
     replacing,
-    saved_settings,
     say,
     visible,
     whole,
 )
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
+from formats.answer_log import AnswerLog, saved_settings
 from judge import COLDEST
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split

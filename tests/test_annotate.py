@@ -26,7 +26,8 @@ import torch
 
 import annotate
 from annotate import Annotation, Doubt, Server, stretches
-from common import AnswerLog, UserError
+from common import UserError
+from formats.answer_log import AnswerLog
 from judge_data.data import read_data
 
 ROOT = Path(__file__).parents[1]

@@ -15,14 +15,13 @@ import pytest
 
 import common
 from common import (
-    AnswerLog,
     UserError,
     json_lines,
     open_weights,
     read_json,
     run,
-    saved_settings,
 )
+from formats.answer_log import AnswerLog, saved_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -416,7 +415,7 @@ def test_settings_that_vanish_are_written_again(tmp_path):
 
 
 def test_a_log_works_where_files_cannot_be_locked(tmp_path, monkeypatch):
-    monkeypatch.setattr("common.fcntl", None)  # Windows
+    monkeypatch.setattr("formats.answer_log.fcntl", None)  # Windows
     log = AnswerLog(tmp_path / "log.jsonl")
     log.append({"i": 0})
     log.append({"i": 1})

@@ -17,10 +17,11 @@ import torch
 import checkpoint
 import engine
 import eval as E
-from common import AnswerLog, UserError
+from common import UserError
 from engine import Engine, LlamaDrafter, Settings, State, generate, unpack
 from evaluation import report
 from evaluation.replay import read_texts, replay_rounds
+from formats.answer_log import AnswerLog
 from helpers import WRONG, random_model, run_command, save_checkpoint, tiny_config
 from judge import RULES as TABLE
 from judge import JudgeHead, Rule

@@ -14,10 +14,11 @@ import torch
 import checkpoint
 import make_judge_data as M
 import test_tokenizer
-from common import AnswerLog, UserError
+from common import UserError
 from engine import Engine, generate
 from evaluation.tasks import TASKS, Score
 from families import token_bytes
+from formats.answer_log import AnswerLog
 from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config
 from judge_data import mining
 from judge_data.data import encode, label_tokens, read_data
