@@ -39,7 +39,7 @@ import tempfile
 import time
 import traceback
 import types
-from dataclasses import dataclass
+from typing import NamedTuple
 
 if sys.platform == "linux":  # elsewhere this file can be imported, and refuses to run
     import fcntl
@@ -74,8 +74,7 @@ LIMITS = ("limits only: no namespaces here, so the network and this user's files
           "code")
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     status: str  # one of STATUSES
     output: str  # what the code and the tests printed, the first 64 KiB
     isolation: str

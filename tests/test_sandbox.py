@@ -1027,10 +1027,29 @@ def test_a_killed_runs_directory_is_removed_by_the_next_and_a_living_ones_kept(m
     assert run(HONEST).status == "passed"  # and removes the other
 
 
-def test_many_runs_at_once_leave_each_others_directories():
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(lambda _: run("open('a', 'w').close()\n" + HONEST), range(40)))
-    assert {o.status for o in outcomes} == {"passed"}
+@pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
+def test_a_directory_that_another_run_removed_is_made_anew(when, monkeypatch):
+    make, lock, removed = tempfile.mkdtemp, sandbox.fcntl.flock, []
+
+    def remove(directory):
+        if not removed:
+            removed.append(directory)
+            os.rmdir(directory)
+
+    def mkdtemp(**how):
+        directory = make(**how)
+        if when == "before it is opened":
+            remove(directory)
+        return directory
+
+    def flock(fd, how):
+        remove(os.readlink(f"/proc/self/fd/{fd}"))
+        lock(fd, how)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    if when == "before it is locked":
+        monkeypatch.setattr(sandbox.fcntl, "flock", flock)
+    assert run("open('a', 'w').close()\n" + HONEST).status == "passed" and removed
 
 
 def test_given_names_are_there_for_the_tests_and_not_the_codes_own():
