@@ -61,8 +61,6 @@ def test_renders_as_transformers_does(text):
     ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{% include 'x' %}", "TypeError: no loader"),
-    ("{{ ('x' * 99999999) ~ ('y' * 99999999) * 99 }}",
-     "needs more than 1024 MB|OverflowError|takes more than 10 seconds"),  # on a busy machine
     ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "it makes 99,980,001 characters"),
     ("{% for i in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
 ])
@@ -142,18 +140,18 @@ def test_ctrl_c_leaves_no_answer_for_the_next_conversation():
     assert next_is_served()
 
 
-def test_an_answer_at_the_last_moment_does_not_end_the_next_conversation(monkeypatch):
-    late = 0
-    for i in range(24):
-        monkeypatch.setattr(template, "SECONDS", 0.0002 * (i % 8))
-        try:
-            assert render("{{ 1 }}", {}) == "1"
-        except TemplateError as e:
-            assert "takes more than" in str(e)
-            late += 1
-        monkeypatch.setattr(template, "SECONDS", 10)
-        assert next_is_served()
-    assert late
+def test_a_bound_that_is_over_as_the_answer_comes_does_not_end_the_next_conversation(monkeypatch):
+    class Late(threading.Timer):
+        def run(self):
+            self.finished.wait()  # until it is cancelled, which comes a little too late
+            time.sleep(0.2)
+            self.function()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "Timer", Late)
+        with pytest.raises(TemplateError, match="takes more than"):
+            render("x", {})
+    assert next_is_served()
 
 
 @pytest.mark.parametrize("script,why", [
@@ -271,7 +269,7 @@ def statement(r, depth=0):
         "{{% for a in range(9999) %}}{b}{{% endfor %}}", "{{% filter upper %}}{b}{{% endfilter %}}",
         "{{% block b %}}{b}{{{{ self.b() }}}}{{% endblock %}}", "{{% extends {e} %}}",
         "{{% set n = namespace(y={e}) %}}{{% for a in range(99) %}}{{% set n.y = n.y + n.y %}}"
-        "{{% endfor %}}", "{{% generation %}}{b}{{% endgeneration %}}", "{b}", "{{# {e}", "{{% raw %}}",
+        "{{% endfor %}}", "{{% generation %}}{b}{{% endgeneration %}}", "{b}", "{{# {e}",
         "{{% call(a) m({e}) %}}{b}{{% endcall %}}", "{{% for a in {e} recursive %}}"
         "{{{{ loop({e}) }}}}{{% endfor %}}"]).format(e=piece(r), b=body)
 
