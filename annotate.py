@@ -9,16 +9,18 @@ each decision whole or absent. With `--target` and `--judge` each token is shade
 doubt. The server listens on loopback, for one person: a token in the address keeps other users and
 pages out.
 """
+import contextlib
 import hashlib
 import json
 import secrets
+import socket
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from common import (
-    AnswerLog,
     Line,
     Parser,
     UserError,
@@ -28,12 +30,15 @@ from common import (
     refuse,
     run,
     say,
+    visible,
 )
+from formats.answer_log import AnswerLog
 from judge_data.data import check_texts, is_error
 
 PAGE = Path(__file__).with_name("judge_data") / "annotate.html"
 SKIP = "skip"
 MAX_BODY = 10_000_000  # bytes; a decision holds the marked text
+LINGER = 2.0  # seconds for what a client still sends after its answer
 
 
 # ---------------------------------------------------------------- decisions
@@ -119,7 +124,13 @@ class Annotation:
         self.shown = next((i for i in range(len(self.answers)) if i not in done), None)
         self.mark = None
 
+    def check(self):
+        """Refuse to go on where one of the two files is not as this run left it."""
+        self.out.check()
+        self.skips.check()
+
     def decide(self, choice):
+        self.check()
         line = self.answers[self.shown]
         if choice == SKIP:
             self.skips.append({"skipped": self.name, "after": len(self.out.lines),
@@ -131,6 +142,7 @@ class Annotation:
 
     def undo(self):
         if self.decisions:
+            self.check()
             index, choice = self.decisions[-1]
             (self.skips if choice == SKIP else self.out).pop()
             self.decisions.pop()
@@ -224,18 +236,30 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(self.page)
 
     def do_POST(self):
-        length = self.headers.get("Content-Length", "")
-        fits = length.isdecimal() and int(length) <= MAX_BODY
-        # before any refusal: one that leaves it unread resets the connection
-        self.body = self.rfile.read(int(length)) if fits else b""
         self.answer(self.act)
+
+    def parse_request(self):
+        """http.server's, which would wait for the headers of HTTP/0.9."""
+        with contextlib.suppress(TimeoutError):
+            if len(self.raw_requestline.split()) == 3:
+                return super().parse_request()
+        self.command, self.requestline = None, ""
+        self.send_error(400)
+
+    def send_error(self, code, *_):
+        """What http.server itself refuses: syntax, methods, lengths."""
+        self.reply(code, "text/plain", f"this is no request that the page sends: "
+                   f"{self.responses[code][0]}".encode(), {})
 
     def answer(self, make):
         try:
             self.check_origin()
-            status, kind, body, headers = make()
+            self.reply(*make())
         except Refused as e:
-            status, kind, body, headers = e.args[0], "text/plain", e.args[1].encode(), {}
+            self.reply(e.args[0], "text/plain", visible(e.args[1]).encode(), {})
+
+    def reply(self, status: int, kind: str, body: bytes, headers: dict):
+        self.request_version = self.protocol_version  # HTTP/0.9 would get no status
         self.send_response(status)
         for name, value in {"Content-Type": f"{kind}; charset=utf-8",
                             "Content-Length": str(len(body)), "Cache-Control": "no-store",
@@ -245,7 +269,8 @@ class Handler(BaseHTTPRequestHandler):
                             "Referrer-Policy": "no-referrer", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def check_origin(self):
         """Only this page may ask.
@@ -279,12 +304,27 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, "this page is not of the present run; open the address that "
                           "annotate.py printed last")
         try:
-            asked = json.loads(self.body.decode())
+            asked = json.loads(self.body().decode())
             name = asked["name"]
-        except (ValueError, KeyError, TypeError):
+            if not isinstance(name, str | None):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise Refused(400, "the request is not what this page sends") from None
         reply = self.doubt(name) if self.path == "/doubt" else self.change(asked, name)
         return 200, "application/json", json.dumps(reply).encode(), {}
+
+    def body(self) -> bytes:
+        """The body, of the length that the headers say."""
+        said = self.headers.get_all("Content-Length", [])
+        if len(said) != 1 or not said[0].isdecimal() or int(said[0]) > MAX_BODY:
+            raise Refused(400, f"the request must say its length, at most {MAX_BODY:,} bytes")
+        try:
+            body = self.rfile.read(int(said[0]))
+        except TimeoutError:
+            body = b""
+        if len(body) < int(said[0]):
+            raise Refused(400, "the request is shorter than it says")
+        return body
 
     def change(self, asked: dict, name):
         """The present state, after a decision or an undo if that is asked for.
@@ -351,6 +391,18 @@ class Server(ThreadingHTTPServer):
         except OSError as e:
             raise UserError(f"--port {port}: {e.strerror}; choose another, or 0 for any that is "
                             "free") from None
+
+    def shutdown_request(self, request):
+        """Close a connection after what the client still sends: bytes left unread would reset it,
+        and the answer might be lost.
+        """
+        end = time.monotonic() + LINGER
+        with contextlib.suppress(OSError):
+            request.shutdown(socket.SHUT_WR)
+            request.settimeout(LINGER)
+            while request.recv(1 << 16) and time.monotonic() < end:
+                pass
+        self.close_request(request)
 
     def handle_error(self, request, address):
         if not isinstance(sys.exc_info()[1], (ConnectionError, TimeoutError)):  # a closed tab

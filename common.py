@@ -1,5 +1,5 @@
-"""What every script stands on: user errors, JSON files, files that are whole or absent, the answer
-log, and safetensors files. Imports none of our other files.
+"""What every script stands on: user errors, JSON files, files that are whole or absent, and
+safetensors files. Imports none of our other files.
 """
 import argparse
 import contextlib
@@ -21,12 +21,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-try:
-    import fcntl
-except ImportError:  # Windows: an answer log is not locked there
-    fcntl = None
-
-
+DEEPEST = 200  # levels of nested JSON: well below what Python's own stack allows anywhere
 LONGEST = 1500  # characters of an error's line: it may repeat what a file or a flag holds
 
 
@@ -303,6 +298,8 @@ def parse_json(data: bytes, halves=False) -> dict:
         value = json.loads(data.decode("utf-8-sig"), parse_constant=constant, parse_float=number)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
+        if data.count(b"[") + data.count(b"{") > DEEPEST and depth(value) > DEEPEST:
+            raise RecursionError
         if not halves and re.search(rb"\\u[dD][89a-fA-F]", data):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -317,6 +314,15 @@ def parse_json(data: bytes, halves=False) -> dict:
         raise ValueError(str(e)) from None
     except json.JSONDecodeError as e:
         raise ValueError(f"not JSON ({e})") from None
+
+
+def depth(value) -> int:
+    """How deep a JSON value is nested."""
+    level, deep = [value], 0
+    while level:
+        inside = (x.values() if isinstance(x, dict) else x for x in level)
+        level, deep = [y for x in inside for y in x if isinstance(y, (dict, list))], deep + 1
+    return deep
 
 
 def check_file(path):
@@ -506,116 +512,3 @@ def write_tensors(path, tensors: dict, metadata: dict[str, str]):
     header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":"))
     with replacing(path) as tmp:
         tmp.write_bytes(data[:8] + header.encode().ljust(end - 8) + data[end:])
-
-
-# ---------------------------------------------------------------- the answer log
-
-class AnswerLog:
-    """A JSON Lines file to which a run appends; the same command resumes from it after any kill.
-
-    `append` and `pop` return when the change is on disk. The file, and `settings` at `about`, are
-    made with the first line, so a run that is refused before leaves nothing behind. An unfinished
-    last line is cut off where `torn(bytes)` says that it is ours.
-    """
-
-    def __init__(self, path: Path, settings: dict | None = None, about: Path | None = None,
-                 torn=lambda tail: True, kinds=()):
-        if path.exists() and not path.is_file():
-            raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
-        self.path, self.settings, self.about, self.fd = path, settings, about, None
-        self.size = path.stat().st_size if path.exists() else 0  # when it was read
-        self.lines = json_lines(path, None, torn, kinds, halves=True) if path.exists() else []
-
-    @property
-    def values(self) -> list[dict]:
-        return [line.value for line in self.lines]
-
-    def open(self):
-        """Lock the file and cut off an unfinished last line."""
-        fd = None
-        try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            if fcntl:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                directory = os.open(self.path.parent, os.O_RDONLY)
-                os.fsync(directory)  # the name of a new file is on disk too
-                os.close(directory)
-            if os.fstat(fd).st_size != self.size:  # lines that we have not read must not be cut
-                raise UserError(f"{self.path} was changed by another run meanwhile; start again")
-            self.fd, fd = fd, None
-            if self.end() <= self.size:
-                self.cut(self.end())
-            else:
-                self.write(b"\n")
-        except BlockingIOError:
-            raise UserError(f"{self.path} is in use by another run; stop that one, or name another "
-                            "--out") from None
-        except OSError as e:
-            raise UserError(f"cannot write {self.path}: {e.strerror}") from None
-        finally:
-            if fd is not None:
-                os.close(fd)
-
-    def close(self):
-        if self.fd is not None:
-            self.size = os.fstat(self.fd).st_size
-            os.close(self.fd)
-            self.fd = None
-
-    def end(self) -> int:
-        return self.lines[-1].end if self.lines else 0
-
-    def cut(self, end: int):
-        os.ftruncate(self.fd, end)
-        os.fsync(self.fd)
-
-    def write(self, data: bytes):
-        if os.write(self.fd, data) != len(data):
-            raise OSError(None, "no room for the whole line")
-        os.fsync(self.fd)
-
-    def append(self, value: dict):
-        if self.fd is None:
-            self.open()
-            if self.about:
-                write_json(self.about, self.settings)
-        # ASCII: a raw U+2028 would end the line for many readers.
-        start, data = self.end(), json.dumps(value).encode() + b"\n"
-        try:
-            self.write(data)
-        except OSError:
-            self.cut(start)
-            raise
-        where = f"{self.path}, line {len(self.lines) + 1}"
-        self.lines.append(Line(where, value, start, start + len(data)))
-
-    def pop(self):
-        self.cut(self.lines[-1].start)
-        self.lines.pop()
-
-    def remove(self):
-        self.close()
-        for path in filter(None, (self.path, self.about)):
-            path.unlink(missing_ok=True)
-
-
-def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(),
-                   kinds=()) -> dict:
-    """The settings that the log `answers` was made with, or {} if there is none yet.
-
-    Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
-    in `optional` only where both sides have a value.
-    """
-    if not about.exists():
-        if answers.exists() and answers.stat().st_size:
-            raise UserError(f"{answers} is there without {about.name}, so how it was made is "
-                            "unknown; take another --out")
-        return {}
-    saved = read_json(about, kinds)
-    unknown = {k for k in optional if None in (saved.get(k), now.get(k))}
-    changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items()
-               if key not in ignored and key not in unknown and saved.get(key) != value]
-    if changed:
-        raise UserError(f"{answers} was made with other settings: {'; '.join(changed)}. Take "
-                        "another --out, or remove this one")
-    return saved

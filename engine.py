@@ -73,13 +73,17 @@ class Settings:
         return judge.probabilities(logits, self.temperature, self.top_k, self.top_p)
 
     @property
+    def greedy(self) -> bool:
+        return self.temperature <= judge.COLDEST
+
+    @property
     def needs_draft_logits(self) -> bool:
-        return self.temperature > 0 or RULES.get(self.accept, judge.Rule()).needs_draft_logits
+        return not self.greedy or RULES.get(self.accept, judge.Rule()).needs_draft_logits
 
 
 def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
     """The next token of logits [..., V], int64 [...]; noise [..., V] as `judge.sample` takes it."""
-    return judge.sample(s.probabilities(logits), noise) if s.temperature else judge.top1(logits)
+    return judge.top1(logits) if s.greedy else judge.sample(s.probabilities(logits), noise)
 
 
 def play_round(e: "Engine", span: int):
@@ -92,7 +96,7 @@ def play_round(e: "Engine", span: int):
         drafted, draft_logits = e.drafter.propose(state, k, span, s, e.noise(k))
         drafted = e.agree(drafted)
 
-    uniform = torch.rand(k, device=e.device, generator=e.rng) if s.temperature and k else None
+    uniform = None if s.greedy or not k else torch.rand(k, device=e.device, generator=e.rng)
     outcome, tokens, pos, hidden = e.verify_and_accept(
         e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform, e.noise(1))
     e.outcome.copy_(e.agree(outcome))
@@ -137,14 +141,14 @@ def accept(v: Verified, logits: Tensor, room: Tensor, s: Settings, uniform: Tens
     """
     if not len(v.drafted):
         return torch.zeros_like(room), choose(logits, s, noise), v.drafted
-    if s.temperature == 0:
+    if s.greedy:
         passed = judge.top1(v.logits) == v.drafted
     else:
         p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
         passed = judge.rejection_test(p[:-1], q, v.drafted, uniform)
     mask = judge.accept_mask(passed, v, s.accept, s.parameter)
     n = torch.minimum(mask.long().cumprod(0).sum()[None], room)  # the run of True from the front
-    if s.temperature == 0:
+    if s.greedy:
         return n, judge.top1(logits.index_select(0, n)), passed
     q = torch.nn.functional.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))  # 0 beyond its columns
     # Where all that may be kept was kept, the next token was never tested: the residual is p.
@@ -303,7 +307,7 @@ class Engine:
 
     def noise(self, rows: int) -> Tensor | None:
         """What `judge.sample` draws with, float32 [rows, V]; None when greedy."""
-        if self.settings.temperature:  # not inside what is compiled, which would draw otherwise
+        if not self.settings.greedy:  # not inside what is compiled, which would draw otherwise
             x = torch.empty(rows, self.target.config.vocab_size, device=self.device)
             return x.exponential_(generator=self.rng)
 
@@ -372,6 +376,5 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(),
     result.rounds, made = sum(result.accept_counts), len(result.tokens) - 1
     if result.rounds:
         result.tokens_per_round, result.tokens_per_sec = made / result.rounds, made / result.seconds
-        total = sum(i * c for i, c in enumerate(result.accept_counts))
-        result.mean_accepted = total / result.rounds
+        result.mean_accepted = sum(map(math.prod, enumerate(result.accept_counts))) / result.rounds
     return result

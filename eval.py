@@ -34,7 +34,6 @@ from checkpoint import fingerprint
 from common import (
     FLAG,
     TEXT,
-    AnswerLog,
     Parser,
     UserError,
     check_apart,
@@ -45,7 +44,6 @@ from common import (
     needed,
     number,
     refuse,
-    saved_settings,
     say,
     tell,
     whole,
@@ -57,6 +55,7 @@ from evaluation import report
 from evaluation.replay import read_texts, replay
 from evaluation.report import PLAIN
 from evaluation.tasks import TASKS, Task
+from formats.answer_log import AnswerLog, saved_settings
 from judge import RULES
 from load import (
     Loaded,
@@ -299,6 +298,7 @@ def rescore(args):
     for answer in answers.values():
         score = task.score(examples[answer["id"]], answer["text"])
         answer["right"], answer["how"] = score.right, score.how
+    log.check()  # nobody else's line is written over
     write_text(path, "".join(json.dumps(a) + "\n" for a in answers.values()))
     log.close()
     conclude(args.out, answers, saved)

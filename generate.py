@@ -8,12 +8,15 @@ Flags and printing; the speculative loop is in engine.py.
 import contextlib
 import math
 import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import graphs
-from common import Parser, check_apart, check_writable, refuse, tell, write_json
+from common import Parser, check_apart, check_writable, refuse, tell, visible, write_json
 from engine import Engine, LlamaDrafter, Result, generate
 from judge import RULES
 from linear import product_path
@@ -23,6 +26,7 @@ from tokenizer import Stream, Tokenizer
 
 COLORS = {"draft": "\033[32m", "target": "\033[33m"}  # by source; any rule's own tokens:
 RULE_COLOR, PLAIN = "\033[1;36m", "\033[0m"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line end
 
 
 # ---------------------------------------------------------------- printing
@@ -45,11 +49,14 @@ def legend() -> str:
 def printer(tokenizer: Tokenizer, prompt: list[int], eos_ids, out):
     """A callback for `generate` that prints text as it comes, and its closing call.
 
-    On a terminal the text is coloured by source.
+    On a terminal the text is coloured by source, and its control characters are shown escaped: they
+    would do there what the model says.
     """
-    stream, color = Stream(tokenizer, prompt), use_color(out)
+    stream, color, terminal = Stream(tokenizer, prompt), use_color(out), out.isatty()
 
     def write(text, source):
+        if terminal:
+            text = CONTROL.sub(lambda m: visible(m[0]), text)
         if text:
             out.write(painted(text, source) if color else text)
             out.flush()
@@ -87,10 +94,101 @@ def slower_paths(e: Engine, compiled: bool) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------- turns
+
+class Turn(NamedTuple):
+    text: str
+    answer: str
+    ids: list[int]  # both, as they stand in a running text
+
+
+class Conversation:
+    """The turns so far, in a chat template or as one running text, which a base model goes on with.
+
+    One that has outgrown the context goes on without its oldest turns.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool, context: int, max_new_tokens: int):
+        self.tokenizer, self.chat, self.context, self.turns = tokenizer, chat, context, []
+        self.room = min(max_new_tokens, context // 2)  # for an answer, where there are old turns
+
+    def ids(self, turns: list[Turn], text: str) -> list[int]:
+        if self.chat:
+            said = [m for t in turns for m in (("user", t.text), ("assistant", t.answer))]
+            return self.tokenizer.chat([{"role": role, "content": content}
+                                        for role, content in (*said, ("user", text))])
+        before = [i for t in turns for i in t.ids]
+        return [*(self.tokenizer.bos if before else ()), *before,
+                *self.tokenizer.encode(text, continuation=bool(before))]
+
+    def prompt(self, text: str) -> tuple[list[int], int]:
+        """The prompt that `text` makes, and how many of the oldest turns have no place in it.
+
+        It is too long for the context only if `text` alone is.
+        """
+        alone = self.ids([], text)
+        for dropped in range(len(self.turns) if len(alone) < self.context else 0):
+            ids = self.ids(self.turns[dropped:], text)
+            if len(ids) + self.room <= self.context:
+                return ids, dropped
+        return alone, len(self.turns)
+
+    def add(self, text: str, prompt: list[int], dropped: int, result: Result):
+        del self.turns[:dropped]
+        start = len(self.tokenizer.bos) + sum(len(t.ids) for t in self.turns)
+        self.turns.append(Turn(text, result.text, prompt[start:] + result.tokens))
+
+
 def read_line() -> str | None:
-    """The user's next line; None at the end of the input."""
+    """The user's next line that is text; None at the end of the input."""
     with contextlib.suppress(EOFError):
-        return input("> ")
+        while not is_text(line := input("> ")):
+            tell("that line is not UTF-8 text, so it is left out")
+        return line
+
+
+def is_text(line: str) -> bool:
+    """False for one with bytes that are no characters, which stand in it as lone surrogates."""
+    with contextlib.suppress(UnicodeEncodeError):
+        line.encode()
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def held_back_signals():
+    """Yields generate's `stop`: a signal that ends the process ends the turn first, with its round.
+
+    It acts on leaving the block, so what was said can be saved. Before the first token, and if it
+    comes again, it acts at once.
+    """
+    came, before, said = [], {}, False
+
+    def stop(token):
+        nonlocal said
+        said = True
+        return bool(came)
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def hold(number, _):
+        restore()
+        came.append(number)
+        if not said:
+            signal.raise_signal(number)
+
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, hold)
+    try:
+        yield stop
+    finally:
+        restore()
+    if came:
+        signal.raise_signal(came[0])
 
 
 # ---------------------------------------------------------------- command line
@@ -136,6 +234,8 @@ def check_args(args):
          "nothing to do: give --prompt or --interactive"),
         (args.prompt is not None and args.interactive,
          "--prompt and --interactive exclude each other"),
+        (args.interactive and sys.stdin is None and not job.rank(),
+         "--interactive reads standard input, which is closed; give --prompt"),
         (args.draft_dtype and not args.draft, "--draft_dtype requires --draft"),
         (judged and args.draft and not args.judge, f"--accept {args.accept} needs --judge FILE"),
         (args.judge and not args.draft,
@@ -178,40 +278,66 @@ def main():
         graphs.compile_engine(engine)
     for line in slower_paths(engine, args.compile) if engine.device.type == "cuda" else ():
         tell(line)
+    if args.interactive:
+        converse(args, engine, tokenizer)
+    else:
+        respond(args, engine, tokenizer, tokenizer.prompt(args.prompt, args.chat),
+                lambda result: save(args, [result]))
+
+
+def converse(args, engine: Engine, tokenizer: Tokenizer):
+    """Answer the lines of standard input, to its end; --json holds every turn as soon as it ends.
+    """
+    talk = Conversation(tokenizer, args.chat, engine.context, args.max_new_tokens)
+    results = []
+
+    def keep(result):
+        results.append(result)
+        save(args, results)
+
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one bad byte would take lines with it
+    save(args, results)
+    while (text := job.from_rank_0(read_line)) is not None:
+        if not text.strip():
+            continue
+        prompt, dropped = talk.prompt(text)
+        if not 0 < len(prompt) < engine.context:
+            tell(f"that message has {len(prompt)} tokens and the context {engine.context}, so it "
+                 "is left out; write a shorter one")
+            continue
+        if dropped:
+            tell(f"the chat has outgrown the context of {engine.context} tokens; it goes on "
+                 f"without its oldest {dropped} turn{'s' * (dropped > 1)}")
+        with held_back_signals() as stop:
+            respond(args, engine, tokenizer, prompt, keep, stop)
+        talk.add(text, prompt, dropped, results[-1])
+
+
+def respond(args, engine: Engine, tokenizer: Tokenizer, prompt: list[int], keep,
+            stop=lambda token: False):
+    """Print what follows the prompt as it comes. `keep(result)` is called before the last words,
+    whose reader may be gone; `stop` is generate's.
+    """
+    length = len(prompt) + args.max_new_tokens
+    if args.compile and length + engine.speculate_k > engine.capacity < engine.context:
+        start = time.perf_counter()
+        graphs.warm_up(engine, 1 if args.interactive else len(prompt), length)
+        tell(f"warm-up: {time.perf_counter() - start:.1f} s")
     eos_ids = () if args.ignore_eos else tokenizer.eos_ids
-    results, messages, history = [], [], []
+    show, finish = printer(tokenizer, prompt, eos_ids, sys.stdout)
+    result = generate(engine, prompt, args.max_new_tokens, eos_ids, show, stop)
+    result.text = tokenizer.decode_new(prompt, [t for t in result.tokens if t not in eos_ids])
+    keep(result)
+    finish()
+    tell(summary(result))
 
-    def turn(text):
-        nonlocal history
-        if args.chat:
-            messages.append({"role": "user", "content": text})
-            prompt = tokenizer.chat(messages)
-        else:  # a base model goes on with the running text
-            prompt = history + tokenizer.encode(text, continuation=bool(history))
-        length = len(prompt) + args.max_new_tokens
-        if args.compile and length + engine.speculate_k > engine.capacity < engine.context:
-            start = time.perf_counter()
-            graphs.warm_up(engine, 1 if args.interactive else len(prompt), length)
-            tell(f"warm-up: {time.perf_counter() - start:.1f} s")
-        show, finish = printer(tokenizer, prompt, eos_ids, sys.stdout)
-        result = generate(engine, prompt, args.max_new_tokens, eos_ids, show)
-        finish()
-        result.text = tokenizer.decode_new(prompt, [t for t in result.tokens if t not in eos_ids])
-        messages.append({"role": "assistant", "content": result.text})
-        history = prompt + result.tokens
-        tell(summary(result))
-        results.append(result.json())
 
-    if not args.interactive:
-        turn(args.prompt)
-    while args.interactive:
-        text = job.from_rank_0(read_line)
-        if text is None:
-            break
-        if text.strip():
-            turn(text)
+def save(args, results: list[Result]):
+    """Write --json: one object, or for a chat of several turns (or of none) a list."""
     if args.json and not job.rank():
-        write_json(args.json, results[0] if len(results) == 1 else results)
+        write_json(args.json, results[0].json() if len(results) == 1
+                   else [r.json() for r in results])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from common import is_finite, json_values, list_of, number, open_weights, refuse
 FORMAT = "1"
 SAID = {"threshold": number(0, 1)._replace(needed=True),
         "curve": list_of(list_of(number(0, 1), "numbers"), "rows")}
+COLDEST = 1e-30  # temperature; logits over a lower one overflow float32, so from here on greedy
 SURE = 0.9  # kl: above this top-1 probability of the target only the standard test applies
 
 
@@ -47,8 +48,7 @@ def typical(v: Verified, epsilon: float) -> Tensor:
     the less probable a token may be.
     """
     logp = v.logits.float().log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    bound = (math.sqrt(epsilon) * (-entropy).exp()).clamp(max=epsilon)
+    bound = (math.sqrt(epsilon) * (logp.exp() * logp).sum(-1).exp()).clamp(max=epsilon)
     return logp.gather(1, v.drafted[:, None])[:, 0].exp() > bound
 
 
@@ -86,9 +86,7 @@ class Rule(NamedTuple):
 
     def parameter_for(self, given: float | None, head: "JudgeHead | None") -> float | None:
         """The parameter given, else the head's threshold, else the row's default."""
-        if given is None and self.needs_judge:
-            return head.threshold
-        return self.default if given is None else given
+        return given if given is not None else head.threshold if self.needs_judge else self.default
 
 
 RULES = {
@@ -138,10 +136,9 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(mass > 0, rest / mass, p)  # no mass: p equals q, so nothing was rejected
 
 
-def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
-                  top_p: float | None = None) -> Tensor:
-    """Next-token distribution after temperature > 0, top-k and top-p: float32 [..., V]."""
-    logits = logits.float() / temperature
+def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None) -> Tensor:
+    """Next-token distribution after temperature, top-k and top-p: float32 [..., V]."""
+    logits = logits.float() / max(temperature, COLDEST)
     if top_k is not None and top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -math.inf)
     p = logits.softmax(-1)

@@ -30,7 +30,6 @@ from common import (
     FLAG,
     OBJECT,
     TEXT,
-    AnswerLog,
     Line,
     Parser,
     UserError,
@@ -43,13 +42,14 @@ from common import (
     number,
     refuse,
     replacing,
-    saved_settings,
     say,
     visible,
     whole,
 )
 from engine import Engine, LlamaDrafter, generate
 from evaluation.tasks import TASKS, missing
+from formats.answer_log import AnswerLog, saved_settings
+from judge import COLDEST
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split
 from load import (
@@ -188,7 +188,7 @@ def make_answers(args):
                 log.append(line)
                 bar.update()
     job.broadcast()
-    if log.lines and log.end() > args.out.stat().st_size:
+    if log.end() > log.size:
         log.open()  # writes the line end that a kill left out
     log.close()
     lines = log.values
@@ -544,9 +544,9 @@ def parse_args(argv=None):
 
 def temperatures(text: str) -> list[float]:
     with contextlib.suppress(ValueError):
-        values = list(dict.fromkeys(float(t) for t in text.split(",")))
+        values = [float(t) for t in text.split(",")]
         if all(0 <= t < math.inf for t in values):
-            return values
+            return list(dict.fromkeys(t if t > COLDEST else 0.0 for t in values))
     raise UserError(f"--temperatures is {text!r}; give numbers from 0 (greedy) up, separated by "
                     "commas")
 

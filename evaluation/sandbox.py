@@ -1,44 +1,60 @@
 """Runs model-written Python against trusted tests; how the program ends cannot fake a pass.
 
 The code and the tests never share a process. A *candidate* process runs the code. A *tester*
-process runs the tests and calls a stand-in, which sends the arguments to the candidate and takes
-back plain values (numbers, strings, lists, dicts, ...). So an os._exit(0), a patched assert, an
-__eq__ that is always true, or a `check` of the code's own cannot pass, nor can the code find the
-tests in its process, its files or its arguments; a benchmark's own file, if it may read that, is
-another matter. The tests see what the code returns, not what it does to its arguments in place.
+process runs the tests and calls a stand-in for the code's function; calls.py carries the calls, and
+only plain values come back. So an os._exit(0), a patched assert, an __eq__ that is always true, or
+a `check` of the code's own cannot pass, nor can the code find the tests in its process, its files
+or its arguments; a benchmark's own file, if it may read that, is another matter. The tests see what
+the code returns or raises and what it does to its arguments, but not what it prints.
 
 What holds where Linux gives namespaces (`Outcome.isolation` says which): no network; all files
 read-only but a small empty directory; the home directory hidden; no other process visible; every
-process ends with the run. Everywhere: limits on time, memory, processes, file size and output, and
-as root another user id, since root has no limit on processes. Without namespaces the code has the
-network and the user's files, and what kills its watchers may outlive the run.
+process ends with the run. Everywhere: no sockets but the Internet's, so none of this machine's Unix
+sockets; limits on time, memory, processes, file size and output; and as root another user id, since
+root has no limit on processes.
 
-What it is not: a boundary against an attacker who aims at the kernel or at what the machine serves
-locally, and memory is limited for each process, not for all together. Run strangers' models in a
-container or a virtual machine. Linux only.
+What is not hidden: outside the home directory the code reads every file that this user may read
+(from root: every file that anyone may), and writes to the pipes and devices that it may write to.
+Without namespaces it also has the network and all of the user's files, and what kills its watchers
+may outlive the run.
+
+What it is not: a boundary against an attacker who aims at the kernel or at its devices, and memory
+is limited for each process, not for all together. Run strangers' models in a container or a virtual
+machine. Linux only, on x86-64, 64-bit Arm or RISC-V.
 """
 import contextlib
 import ctypes
-import io
+import errno
 import json
 import math
 import os
-import pickle
+import re
 import select
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import types
-from dataclasses import dataclass
+from typing import NamedTuple
 
 if sys.platform == "linux":  # elsewhere this file can be imported, and refuses to run
+    import fcntl
     import resource
+
+if __name__ == "__main__":  # started with -I, which keeps this directory off the path
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))
+    from calls import Peer
+    sys.path.pop()
 
 MEMORY, FILE_SIZE, DISK, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 64 << 10  # bytes
 PROCESSES, FILES = 32, 64
+FIRST_UID = 2_000_000_000  # as root the code runs as this user plus a process id
+PREFIX = "judge-sandbox-"  # of the directory's name, then the process id and mkdtemp's own letters
+LEFTOVER = rf"{PREFIX}\d+-[a-z0-9_]{{8}}"
 # Seconds beyond the timeout after which the whole sandbox is given up: a busy machine is slow to
 # start it.
 PATIENCE = 30
@@ -46,14 +62,19 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS =
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
 MS_NODEV_NOSUID, MS_BIND_REC, MS_PRIVATE_REC, MNT_DETACH = 2 | 4, 4096 | 16384, (1 << 18) | 16384, 2
+PR_SET_SECCOMP, IO_URING_SETUP, PIDFD_GETFD = 22, 425, 438
+AF_INET, AF_INET6, SOCK_STREAM = 2, 10, 1
+SOCKET_CALLS = {  # of a machine: what seccomp calls it, and the numbers of socket and socketpair
+    "x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199),
+    "riscv64": (0xC00000F3, 198, 199)}
 STATUSES = "passed", "failed", "timed out"
 NAMESPACES = "namespaces"
+USE_NAMESPACES = True  # the tests of the limits alone turn it off
 LIMITS = ("limits only: no namespaces here, so the network and this user's files are open to the "
           "code")
 
 
-@dataclass
-class Outcome:
+class Outcome(NamedTuple):
     status: str  # one of STATUSES
     output: str  # what the code and the tests printed, the first 64 KiB
     isolation: str
@@ -68,13 +89,12 @@ def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0
     """
     from common import UserError  # here: `python -I` runs this file and finds none of ours
 
-    if sys.platform != "linux":
-        raise UserError("model-written code is run on Linux only; score these answers there, or "
-                        "in a container")
-    with (tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as directory,
-          tempfile.TemporaryFile() as request):
+    if sys.platform != "linux" or os.uname().machine not in SOCKET_CALLS:
+        raise UserError("model-written code is run on Linux only, on x86-64, 64-bit Arm or RISC-V; "
+                        "score these answers there, or in a container")
+    with _directory() as directory, tempfile.TemporaryFile() as request:
         head = json.dumps(dict(program=program, entry_point=entry_point, timeout=timeout,
-                               directory=directory,
+                               directory=directory, namespaces=USE_NAMESPACES,
                                home=os.path.realpath(os.path.expanduser("~")))).encode()
         rest = json.dumps(dict(tests=tests, entry_point=entry_point, given=given)).encode()
         request.write(len(head).to_bytes(8, "little") + head + rest)
@@ -105,6 +125,51 @@ def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0
         why = (output.strip().splitlines() or ["it was killed"])[-1]
         raise UserError(f"the sandbox did not start: {why}")
     return Outcome(lines[1] if len(lines) > 1 else "failed", output, lines[0])
+
+
+@contextlib.contextmanager
+def _directory():
+    """A new directory, locked by this process for as long as it lives, however it ends.
+
+    Those that killed runs of this user left are removed first.
+    """
+    place = tempfile.gettempdir()
+    for name in os.listdir(place):
+        if re.fullmatch(LEFTOVER, name):
+            _remove_leftover(os.path.join(place, name))
+    while True:
+        directory = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
+        with contextlib.suppress(FileNotFoundError):
+            lock = _lock(directory, fcntl.LOCK_EX)
+            if os.path.exists(directory):
+                break
+            os.close(lock)  # another run came before the lock, and removed it
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_leftover(directory):
+    """Remove the directory if it is ours and no living process holds its lock."""
+    with contextlib.suppress(OSError):
+        lock = _lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        owner, me = os.fstat(lock).st_uid, os.geteuid()
+        if owner == me or me == 0 and owner >= FIRST_UID:
+            shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(directory, how) -> int:
+    """A file descriptor that holds the lock. Raises OSError for what is no directory, or locked."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, how)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _listen(verdict, stdout, deadline):
@@ -148,8 +213,8 @@ def _main():
     # Not a byte more: the tests follow, and must not be in the candidate's memory.
     while len(head) < size:
         head += os.read(0, size - len(head))
-    request, uid = json.loads(head), 2_000_000_000 + os.getpid()
-    if not _isolate(uid):
+    request, uid = json.loads(head), FIRST_UID + os.getpid()
+    if not (request["namespaces"] and _isolate(uid)):
         _watch(request, verdict, uid, LIMITS)
     elif pid := os.fork():  # the child is the first process of its namespace: when it ends, all end
         os.close(verdict)
@@ -300,6 +365,7 @@ def _candidate(request, uid, isolation, verdict, calls, results):
         os.setresuid(uid, uid, uid)
     _call("capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _refuse_sockets()
     _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     for limit, value in ((resource.RLIMIT_CPU, cpu), (resource.RLIMIT_AS, MEMORY),
                          (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_NPROC, PROCESSES),
@@ -318,56 +384,32 @@ def _candidate(request, uid, isolation, verdict, calls, results):
     module = sys.modules["candidate"] = types.ModuleType("candidate")
     exec(compile(request["program"], "<candidate>", "exec"), module.__dict__)
     function = getattr(module, request["entry_point"])
-    with open(60, "rb") as calls, open(61, "wb") as results:
+    tester = Peer(open(60, "rb"), open(61, "wb"), trusting=True)
+    tester.number(function, function)
+    with contextlib.suppress(EOFError):  # the tester has finished
         while True:
-            try:
-                args, kwargs = pickle.load(calls)
-            except EOFError:  # the tester has finished
-                return
-            try:
-                reply = _plain((True, function(*args, **kwargs)))
-            except BaseException as e:
-                traceback.print_exc(limit=-3)
-                reply = _plain((False, type(e).__name__))
-            results.write(reply)
-            results.flush()
+            tester.serve(*tester.receive()[1:])
 
 
-PLAIN = dict, list, tuple, set, frozenset, str, bytes, bytearray, int, float, complex, range
-KNOWN = {("builtins", t.__name__): t for t in PLAIN}
+def _refuse_sockets():
+    """Leave only Internet sockets and connected pairs of streams, here and in all children.
 
-
-def _plain(value) -> bytes:
-    """The value pickled as built-in types; a type that is none of them is an error.
-
-    A Counter becomes the dict that it equals, a NumPy number a number.
+    A Unix socket, or io_uring's way around this, would reach the machine's services whatever the
+    namespace of the network; a pair of datagram sockets can be pointed at any other.
     """
-    class Pickler(pickle.Pickler):
-        def reducer_override(self, x):
-            if type(x) in PLAIN or isinstance(x, type):
-                return NotImplemented
-            if getattr(x, "shape", None) == ():
-                return type(x.item()), (x.item(),)
-            kind = next((t for t in PLAIN if isinstance(x, t)), None)
-            if kind is None:
-                raise TypeError("the tests can receive built-in values only, not a "
-                                f"{type(x).__name__}")
-            if kind is dict:
-                return kind, (dict(x),)
-            if kind in (list, tuple, set, frozenset):
-                return kind, (list(x),)
-            return kind, (kind.__add__(x, kind()),)
-
-    data = io.BytesIO()
-    Pickler(data, 4).dump(value)
-    return data.getvalue()
-
-
-class _Values(pickle.Unpickler):
-    """Reads built-in values only, so that nothing of the candidate's acts in the tester."""
-
-    def find_class(self, module, name):
-        return KNOWN[module, name]
+    arch, socket, socketpair = SOCKET_CALLS[os.uname().machine]
+    load, equal, at_least, mask, end = 0x20, 0x15, 0x35, 0x54, 0x06
+    program = [  # as seccomp(2) reads it: operation, lines to skip if true, if false, operand
+        (load, 0, 0, 4), (equal, 0, 12, arch),
+        (load, 0, 0, 0), (at_least, 10, 0, 0x40000000),  # x32's numbers
+        (equal, 9, 0, IO_URING_SETUP), (equal, 8, 0, PIDFD_GETFD),
+        (equal, 4, 0, socketpair), (equal, 0, 7, socket),
+        (load, 0, 0, 16), (equal, 5, 0, AF_INET), (equal, 4, 3, AF_INET6),  # socket(this, ...)
+        (load, 0, 0, 24), (mask, 0, 0, 15), (equal, 1, 0, SOCK_STREAM),  # socketpair(_, this, _)
+        (end, 0, 0, 0x50000 | errno.EACCES), (end, 0, 0, 0x7FFF0000)]  # the error; go on
+    code = ctypes.create_string_buffer(b"".join(
+        struct.pack("=HBBI", op, *skip, value) for op, *skip, value in program))
+    _call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(program), ctypes.addressof(code)), 0, 0)
 
 
 def _tester(calls, results):
@@ -380,17 +422,7 @@ def _tester(calls, results):
     if not results.read(1):
         os._exit(1)
 
-    def candidate(*args, **kwargs):
-        try:
-            pickle.dump((args, kwargs), calls)
-            calls.flush()
-            ok, value = _Values(results).load()
-        except (EOFError, BrokenPipeError):
-            raise RuntimeError("the code ended before its tests did") from None
-        if not ok:
-            raise RuntimeError(f"the code raised {value}")
-        return value
-
+    candidate = Peer(results, calls, trusting=False).function(0)
     namespace = {"__name__": "tests"}
     exec(compile(request["given"], "<given>", "exec"), namespace)
     namespace[request["entry_point"]] = candidate

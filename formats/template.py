@@ -2,17 +2,20 @@
 
 A template is code from a checkpoint's files: Jinja2 runs it in a sandbox, and a process that takes
 too long or too much memory is ended, which no sandbox inside ours could do. The process is started
-for the first conversation and serves them all; it reads and writes a line of JSON for each. It
-imports none of our files and no torch, so it starts in a tenth of a second.
+for the first conversation and serves them all until one fails; it reads and writes a line of JSON
+for each. It imports none of our files and no torch, so it starts in a tenth of a second.
 """
+import contextlib
+import functools
 import json
+import signal
 import subprocess
 import sys
 import threading
 
 SECONDS = 10  # for one conversation; the longest published templates take milliseconds
 BYTES = 1 << 30  # of address space, Python's own 0.1 GB included
-LONGEST = 4_000_000  # characters of text that a template may add to the messages
+LONGEST = 1_000_000  # characters of text that a template may add to the messages
 
 
 class TemplateError(Exception):
@@ -29,29 +32,56 @@ class Renderer:
         """The text that a Jinja2 template makes of JSON `values`; raises TemplateError."""
         line = json.dumps({"template": template, "values": values}).encode() + b"\n"
         with self.lock:
-            if self.process is None:
-                self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE,
-                                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            expired = threading.Event()
-            timer = threading.Timer(SECONDS, lambda: (expired.set(), self.process.kill()))
-            timer.start()
+            answer = {}
             try:
-                self.process.stdin.write(line)
-                self.process.stdin.flush()
-                answer = self.process.stdout.readline()
-            except BrokenPipeError:
-                answer = b""
+                answer = self._ask(line)
             finally:
-                timer.cancel()
-            if not answer.endswith(b"\n"):
-                self.process.kill()
-                code, self.process = self.process.wait(), None
-                raise TemplateError(f"it takes more than {SECONDS} seconds" if expired.is_set()
-                                    else f"its process ended with exit code {code}")
-        answer = json.loads(answer)
-        if "error" in answer:
+                if "text" not in answer:  # after Ctrl-C too: the next must not read this answer
+                    self._end()
+        if "text" not in answer:
             raise TemplateError(answer["error"])
         return answer["text"]
+
+    def _ask(self, line: bytes) -> dict:
+        """The process's answer, {"text"} or {"error"}; an error too if none comes in time."""
+        if self.process and self.process.poll() is not None:  # another ended it while it waited
+            self._end()
+        try:  # in a session of its own, so that Ctrl-C in a chat does not end it
+            process = self.process = self.process or subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL, start_new_session=True)
+        except OSError as e:
+            return {"error": f"no process can be started for it: {e.strerror}"}
+        expired = threading.Event()
+        timer = threading.Timer(SECONDS, lambda: (expired.set(), process.kill()))
+        timer.start()
+        try:
+            process.stdin.write(line)
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        finally:
+            timer.cancel()
+            timer.join()  # from here on it kills nothing
+        if expired.is_set():
+            return {"error": f"it takes more than {SECONDS} seconds"}
+        if not answer.endswith(b"\n"):
+            process.kill()
+            return {"error": f"its process ended with exit code {process.wait()}"}
+        try:
+            return json.loads(answer)
+        except ValueError:  # what Python itself prints when it starts, if a user's file says so
+            return {"error": f"its process prints {answer[:100]!r}"}
+
+    def _end(self):
+        process, self.process = self.process, None
+        if process:
+            process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+            process.wait()
 
 
 RENDERER = Renderer()
@@ -60,6 +90,7 @@ render = RENDERER.render
 
 # ---------------------------------------------------------------- in the process
 
+@functools.cache
 def environment():
     """transformers' Jinja2 environment: its extensions, filters and globals, and no more."""
     from datetime import datetime
@@ -92,33 +123,44 @@ def environment():
     return env
 
 
-def answer(env, template: str, values: dict) -> dict:
+def answer(template: str, values: dict) -> dict:
     """{"text"} or {"error"}; errors of every kind, MemoryError and RecursionError too."""
-    from jinja2 import TemplateError, TemplateSyntaxError
     try:
-        text = env.from_string(template).render(values)
+        text = environment().from_string(template).render(values)
         if len(text) > LONGEST + 4 * len(json.dumps(values)):
             return {"error": f"it makes {len(text):,} characters"}
         return {"text": text}
     except MemoryError:
         return {"error": f"it needs more than {BYTES >> 20} MB"}
-    except TemplateSyntaxError as e:
-        return {"error": f"line {e.lineno}: {e.message}"}
     except Exception as e:
-        name = "" if type(e) is TemplateError else f"{type(e).__name__}: "
-        return {"error": (name + str(e))[:1000]}
+        return {"error": described(e)[:1000]}
+
+
+def described(e: Exception) -> str:
+    name = type(e).__name__
+    try:
+        if hasattr(e, "lineno") and name != "SyntaxError":  # Jinja2's: a line of the template
+            return f"line {e.lineno}: {e.message}"
+        text = str(e)
+    except Exception:
+        text = ""
+    return text if text and name == "TemplateError" else f"{name}: {text}" if text else name
 
 
 def serve():
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    except (ImportError, ValueError, OSError):  # not on this system: only the time is limited
-        pass
-    env = environment()
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        bound = signal.alarm
+    except (ImportError, AttributeError, ValueError, OSError):  # not on this system
+        bound = lambda seconds: None
     for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(json.dumps(answer(env, **json.loads(line))).encode() + b"\n")
+        bound(SECONDS + 5)  # ends this process where a killed parent cannot
+        reply = answer(**json.loads(line))
+        sys.stdout.buffer.write(json.dumps(reply).encode() + b"\n")
         sys.stdout.buffer.flush()
+        bound(0)
 
 
 if __name__ == "__main__":

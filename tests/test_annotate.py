@@ -8,9 +8,11 @@ import base64
 import http.client
 import json
 import math
+import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,8 +24,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from annotate import Annotation, Doubt, stretches
-from common import AnswerLog, UserError
+import annotate
+from annotate import Annotation, Doubt, Server, stretches
+from common import UserError
+from formats.answer_log import AnswerLog
 from judge_data.data import read_data
 
 ROOT = Path(__file__).parents[1]
@@ -504,11 +508,133 @@ def test_a_decision_that_does_not_fit_the_answer_is_refused(data, tmp_path):
         # a second window is behind
         assert app.post("/decide", name="other", choice=None)[0] == 409
         assert app.post("/undo", name="other")[0] == 409
+        for name in ([], {}, 1, True, 1.5, [app.post("/state", name=None)[1]["name"]]):
+            assert app.post("/decide", name=name, choice=None)[0] == 400
         for body in (None, "", "{", "[]", "{}"):
             assert app.request("POST", "/decide", body, X_Token=app.token)[0] == 400
         assert app.request("POST", "/decide", "{}", X_Token=app.token,
                            Content_Length="99999999999")[0] == 400
         assert lines_of(out) == [] and app.decide([0, 2], text="Fi")[0] == 200
+
+
+# ---------------------------------------------------------------- requests of any shape
+
+@pytest.fixture
+def server(data, tmp_path):
+    """annotate.py's server in this process, after one decision and one skip."""
+    with Server(0) as s, closing(Annotation(data, tmp_path / "out.jsonl")) as s.annotation:
+        s.doubt = None
+        s.annotation.decide(None)
+        s.annotation.decide("skip")
+        thread = threading.Thread(target=s.serve_forever, args=(0.01,))
+        thread.start()
+        yield s
+        s.shutdown()
+        thread.join()
+
+
+def say(server, request: bytes, end=True) -> bytes:
+    """The answer to raw bytes; `end`: nothing more is sent, else the connection is left open."""
+    with socket.create_connection(server.server_address, timeout=20) as s:
+        s.sendall(request)
+        if end:
+            s.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: s.recv(65536), b""))
+
+
+def raw(server, method=b"POST", path=b"/decide", body=b"", version=b"HTTP/1.1", length=None,
+        token=None, host=None, more=()) -> bytes:
+    host = b"127.0.0.1:%d" % server.server_address[1] if host is None else host
+    headers = [b"Host: " + host, b"X-Token: " + (server.token.encode() if token is None else token),
+               b"Content-Length: " + (b"%d" % len(body) if length is None else length), *more]
+    line = b" ".join(filter(None, (method, path, version)))
+    return b"\r\n".join((line, *headers, b"", body))
+
+
+DEEP = [b"[" * 100_000, b'{"name":' * 20_000, b'{"name": null, "choice": ' + b"[" * 90_000]
+VALUES = ["null", "true", "0", "-1", "1.5", "1e999", "NaN", "[]", "{}", "[0, 1]", "[0.0, 1]",
+          "[true, 2]", "[0, 1e400]", "[0, %d]" % 10**60, "9" * 5000, '""', '"skip"', '"\\ud800"',
+          '"x"', '{"a": [1]}', '[[0, 1]]', '["0", "1"]', "[0, 1, 2]", "[2, 1]", "[null, null]"]
+
+
+def odd_request(server, rng) -> bytes:
+    """A request with one to three things wrong, never a decision that may be taken."""
+    change = {}
+    name = json.dumps(server.annotation.name)
+    wrong = [v for v in VALUES if v not in ("null", '"skip"')]
+    bodies = [
+        lambda: b'{"name": %s, "choice": %s, "text": %s}' % tuple(
+            v.encode() for v in (name, rng.choice(wrong), rng.choice(VALUES))),
+        lambda: b'{"name": %s, "choice": null}' % rng.choice(VALUES[1:]).encode(),
+        lambda: rng.choice(VALUES).encode(), lambda: rng.choice(DEEP),
+        lambda: rng.randbytes(rng.randrange(60)), lambda: b'{"name": "\xff\xfe"}',
+        lambda: b'{"name": null, "name": [%s]}' % name.encode(), lambda: b"\xef\xbb\xbf{}"]
+    change["body"] = rng.choice(bodies)()
+    more = {
+        "method": [b"GET", b"HEAD", b"PUT", b"OPTIONS", b"DELETE", b"\xe9\xff", b"post", b""],
+        "path": [b"/", b"/state", b"/undo?x", b"/doubt", b"/\xff\x80", b"//x", b"*", b"",
+                 b"/../etc", b"http://evil.example/", b"/%ff%00", b"/" + b"a" * 70_000],
+        "version": [b"", b"HTTP/0.9", b"HTTP/9.9", b"HTTP/1.x", b"HTTP/\xb2.1", b"\xff", b"a b"],
+        "length": [b"", b"-1", b"1e3", b"9" * 5000, b"99999999999", b"0x10", b"\xb2", b"+5", b"1_0",
+                   b"5, 5", b"7"],
+        "token": [b"", b"\xe9\xff", "é".encode(), b"x" * 60_000, b"\x00"],
+        "host": [b"", b"\xff", b"evil.example", b"127.0.0.1"],
+        "more": [[b"Transfer-Encoding: chunked"], [b"\xff\xfe: \x80"], [b"no colon"],
+                 [b"A: b"] * 150, [b"X: " + b"y" * 70_000], [b"Expect: 100-continue"],
+                 [b"Content-Length: 3"], [b"Origin: \xff"], [b" folded: \x00"]]}
+    for key in rng.sample(sorted(more), rng.randrange(3)):
+        change[key] = rng.choice(more[key])
+    request = raw(server, **change)
+    return request[:rng.randrange(len(request))] if rng.random() < 0.05 else request
+
+
+def test_no_request_breaks_the_server(server, tmp_path, capfd):
+    """500 odd requests: each has a status and a sentence, and nothing is changed."""
+    rng, state = random.Random(18), server.annotation.state()
+    files = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    statuses = set()
+    for _ in range(500):
+        request = odd_request(server, rng)
+        answer = say(server, request)
+        head, _, body = answer.partition(b"\r\n\r\n")
+        if not request:
+            continue
+        assert head.startswith(b"HTTP/1.0 "), (request[:300], answer[:300])
+        status = int(head.split()[1])
+        statuses.add(status)
+        if status >= 400 and not request.startswith(b"HEAD"):
+            assert body.decode().isprintable() and 10 < len(body) < 200, (request[:300], body)
+    assert statuses - {200} == {400, 403, 404, 409, 414, 431, 501, 505}
+    assert server.annotation.state() == state
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files
+    assert capfd.readouterr().err == ""
+    assert say(server, raw(server, body=b'{"name": %s, "choice": null}' % json.dumps(
+        server.annotation.name).encode())).startswith(b"HTTP/1.0 200")
+
+
+def test_silent_clients_are_answered(server, monkeypatch):
+    """Ones that announce more than they send, or send more than is read."""
+    assert b"400" in say(server, b"GET /\r\n", end=False)[:20]  # HTTP/0.9 ends there
+    for length in (b"-1", b"+2", b"0_2", b"1e3", b""):
+        said = say(server, raw(server, body=b"{}", length=length), end=False)
+        assert b"400" in said[:20] and b"must say its length" in said, length
+    monkeypatch.setattr(annotate.Handler, "timeout", 0.2)
+    assert b"400" in say(server, raw(server, body=b"{}", length=b"50"), end=False)[:20]
+    assert b"400" in say(server, b"GET / HTTP/1.1\r\nHost: x\r\n", end=False)[:20]
+    much = raw(server, body=b" " * (annotate.MAX_BODY + 1))
+    assert b"400" in say(server, much)[:20]
+    assert b"403" in say(server, raw(server, body=b" " * 5_000_000, token=b"x"))[:20]
+
+
+def test_half_characters_in_data_are_shown_and_kept(tmp_path):
+    line = {"prompt": "p\ud800", "answer": "a\udfff b", "k\ud800": "\ud800", "n": {"\udc00": 1}}
+    data, out = write(tmp_path / "d.jsonl", [line]), tmp_path / "o.jsonl"
+    with App(data, out) as app:
+        status, state = app.post("/state", name=None)
+        assert status == 200 and state["others"] == {"k\ud800": "\ud800", "n": '{"\\udc00": 1}'}
+        assert app.post("/doubt", name=state["name"]) == (200, {"runs": []})
+        assert app.decide([1, 2], text="\udfff")[0] == 200
+    assert lines_of(out) == [line | {"error": [1, 2]}]
 
 
 # ---------------------------------------------------------------- what is on disk
@@ -641,6 +767,51 @@ def test_a_full_disk_saves_nothing_and_says_so(data, tmp_path):
         status, said = app.decide(None)
         assert status == 500 and said.startswith("nothing was saved")
         assert out.read_bytes() == before and app.post("/state", name=None)[1]["decided"] == 1
+
+
+OTHER_HANDS = {
+    "removed": (lambda p: p.unlink(), "was removed or renamed"),
+    "renamed": (lambda p: p.rename(f"{p}.old"), "was removed or renamed"),
+    "replaced": (lambda p: (p.rename(f"{p}.old"), shutil.copy(f"{p}.old", p)), "was replaced"),
+    "grown": (lambda p: p.open("a").write('{"foreign": 1}\n'), "was changed by another"),
+    "shrunk": (lambda p: p.write_bytes(p.read_bytes()[:-1]), "was changed by another"),
+    "emptied": (lambda p: p.write_bytes(b""), "was changed by another"),
+}
+
+
+@pytest.mark.parametrize("which", ["out.jsonl", "out.jsonl.skipped"])
+@pytest.mark.parametrize("how", OTHER_HANDS)
+def test_a_file_that_another_hand_changed_is_left_alone(server, tmp_path, how, which):
+    """No decision is taken and none undone; put back, the file is written to again."""
+    path, (change, what) = tmp_path / which, OTHER_HANDS[how]
+    whole, state = path.read_bytes(), server.annotation.state()
+    ask = lambda path, **more: say(server, raw(server, path=path, body=json.dumps(
+        {"name": server.annotation.name, **more}).encode())).decode()
+    change(path)
+    files = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    for said in (ask(b"/decide", choice=None), ask(b"/decide", choice="skip"), ask(b"/undo")):
+        assert "500" in said[:15] and f"nothing was saved: {path} {what}" in said, said
+    assert server.annotation.state() == state
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == files
+    if how in ("renamed", "grown"):
+        if how == "renamed":
+            Path(f"{path}.old").rename(path)
+        else:
+            os.truncate(path, len(whole))
+        assert "200" in ask(b"/decide", choice="skip")[:15] and "200" in ask(b"/undo")[:15]
+        assert path.read_bytes() == whole
+
+
+def test_a_removed_directory_is_said(data, tmp_path):
+    """Also under a name with a terminal escape."""
+    folder = tmp_path / "a\x1b"
+    folder.mkdir()
+    with App(data, folder / "out.jsonl") as app:
+        assert "a\\x1b" in app.first and "\x1b" not in app.first
+        assert app.decide(None)[0] == 200
+        shutil.rmtree(folder)
+        status, said = app.decide(None)
+        assert status == 500 and "a\\x1b/out.jsonl was removed" in said
 
 
 def test_ctrl_c_stops_with_the_count(data, tmp_path):

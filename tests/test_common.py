@@ -1,9 +1,11 @@
 """JSON Lines as people's programs write them, and the log that a killed run resumes from."""
+import errno
 import gzip
 import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,14 +15,13 @@ import pytest
 
 import common
 from common import (
-    AnswerLog,
     UserError,
     json_lines,
     open_weights,
     read_json,
     run,
-    saved_settings,
 )
+from formats.answer_log import AnswerLog, saved_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +138,7 @@ def test_a_command_without_a_model_is_no_command_for_torchrun(rank, said, monkey
 DEEP = b'{"a": ' + b"[" * 200_000
 BAD_JSON = {
     "too deep": (DEEP + b"]" * 200_000 + b"}", "nested too deep"), "cut deep": (DEEP, "too deep"),
+    "201 deep": (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deep"),
     "NaN": (b'{"a": NaN}', "NaN is no JSON number"), "inf": (b'{"a": -Infinity}', "no JSON number"),
     "1e999": (b'{"a": [1e999]}', "1e999 is no JSON number"), "long": (b'{"a": %s}' % (b"1" * 9999),
                                                                      ""),
@@ -158,7 +160,8 @@ def test_json_that_others_do_not_take_is_named(tmp_path, data, message):
 
 
 def test_json_that_is_right_is_read_whatever_it_holds(tmp_path):
-    value = {"a": "\U0001f389 \\ud83d", "n": 1e300, "deep": json.loads("[" * 500 + "]" * 500)}
+    value = {"a": "\U0001f389 \\ud83d", "n": 1e300, "deep": json.loads("[" * 199 + "]" * 199),
+             "wide": [[] for _ in range(1000)]}
     for data in json.dumps(value).encode(), b"\xef\xbb\xbf" + json.dumps(value).encode():
         (tmp_path / "x.json").write_bytes(data)
         assert read_json(tmp_path / "x.json") == json_lines(tmp_path / "x.json")[0].value == value
@@ -314,3 +317,121 @@ def test_a_value_of_another_kind_is_named_with_what_it_must_be():
         for value in values:
             with pytest.raises(UserError, match=f"f.json: {key} is .*; it must be "):
                 common.check_kinds({key: value}, kinds, "f.json")
+OTHER_HANDS = {
+    "removed": (lambda p: p.unlink(), "was removed or renamed"),
+    "replaced by the same text": (lambda p: (p.rename(f"{p}.old"),
+                                             p.write_bytes(Path(f"{p}.old").read_bytes())),
+                                  "was replaced"),
+    "replaced by a rename": (lambda p: (Path(f"{p}.new").write_bytes(p.read_bytes()),
+                                        os.replace(f"{p}.new", p)), "was replaced"),
+    "grown": (lambda p: p.open("a").write("{}\n"), "was changed by another run or program"),
+    "shrunk": (lambda p: os.truncate(p, p.stat().st_size - 1), "was changed by another"),
+    "its directory removed": (lambda p: shutil.rmtree(p.parent), "was removed or renamed"),
+    "its directory renamed": (lambda p: p.parent.rename(f"{p.parent}.old"), "was removed"),
+    "its directory a file": (lambda p: (shutil.rmtree(p.parent), p.parent.write_text("")),
+                             "Not a directory"),
+}
+
+
+@pytest.mark.parametrize("moment", ["open", "only read"])
+@pytest.mark.parametrize("how", OTHER_HANDS)
+def test_a_log_that_another_hand_changed_is_left_alone(tmp_path, how, moment):
+    home = tmp_path / "home"
+    home.mkdir()
+    path, (change, what) = home / "log.jsonl", OTHER_HANDS[how]
+    log = AnswerLog(path)
+    for i in range(2):
+        log.append({"i": i})
+    if moment == "only read":
+        log.close()
+        log = AnswerLog(path)
+    change(path)
+    there = lambda: {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+    before = there()
+    for act in (lambda: log.append({"i": 2}), log.pop, log.check):
+        if act != log.pop or moment == "open":
+            with pytest.raises(UserError, match=f"{path}.*{what}"):
+                act()
+        assert log.values == [{"i": 0}, {"i": 1}] and there() == before
+    log.close()
+
+
+def test_a_file_that_appeared_meanwhile_is_not_appended_to(tmp_path):
+    log = AnswerLog(tmp_path / "log.jsonl")
+    log.path.write_text("{}\n")
+    with pytest.raises(UserError, match="changed by another"):
+        log.append({"i": 1})
+    assert log.path.read_text() == "{}\n"
+
+
+def test_blank_lines_do_not_shift_what_is_taken_back(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"i": 0}\n\n\n{"i": 1}\n\n')
+    log = AnswerLog(path)
+    log.open()
+    for before in (b'{"i": 0}\n\n\n', b""):
+        log.pop()
+        log.append({"i": 7})
+        assert path.read_bytes() == before + b'{"i": 7}\n'
+        log.pop()
+        assert path.read_bytes() == before and len(log.lines) == bool(before)
+
+
+@pytest.mark.parametrize("last", [b'{"i": 0}\n', b'{"i": 0}'], ids=["whole", "no line end"])
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch, last):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(last)
+    write, sync = os.write, os.fsync
+
+    def half(fd, data):
+        write(fd, data[:len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def full(fd):
+        if os.fstat(fd).st_size > len(last):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sync(fd)
+
+    for name, broken in (("write", half), ("fsync", full)):  # a quota is told by fsync
+        log = AnswerLog(path)
+        for _ in range(2):
+            with monkeypatch.context() as m, pytest.raises((OSError, UserError), match="No space"):
+                m.setattr(os, name, broken)
+                log.append({"i": 1})
+            assert path.read_bytes() == last
+        log.close()
+    log = AnswerLog(path)
+    log.append({"i": 1})
+    log.close()
+    assert path.read_bytes() == b'{"i": 0}\n{"i": 1}\n'
+
+
+def test_settings_that_vanish_are_written_again(tmp_path):
+    log = AnswerLog(tmp_path / "log.jsonl", {"k": 1}, tmp_path / "settings.json")
+    log.append({"i": 0})
+    log.about.unlink()
+    log.append({"i": 1})
+    assert read_json(log.about) == {"k": 1}
+
+
+def test_a_log_works_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr("formats.answer_log.fcntl", None)  # Windows
+    log = AnswerLog(tmp_path / "log.jsonl")
+    log.append({"i": 0})
+    log.append({"i": 1})
+    log.pop()
+    assert log.path.read_text() == '{"i": 0}\n'
+    log.path.unlink()
+    with pytest.raises(UserError, match="was removed"):
+        log.append({"i": 1})
+
+
+def test_a_path_that_no_file_can_have_is_named(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    (tmp_path / "file").write_text("")
+    for path, why in ((loop, "symbolic links"), (tmp_path / ("x" * 300), "too long"),
+                      (tmp_path / "file" / "x", "Not a directory")):
+        with pytest.raises(UserError, match=f"cannot write {path}: .*{why}"):
+            AnswerLog(path)
+        assert saved_settings(path, path, {}) == {}

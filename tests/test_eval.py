@@ -17,10 +17,11 @@ import torch
 import checkpoint
 import engine
 import eval as E
-from common import AnswerLog, UserError
+from common import UserError
 from engine import Engine, LlamaDrafter, Settings, State, generate, unpack
 from evaluation import report
 from evaluation.replay import read_texts, replay_rounds
+from formats.answer_log import AnswerLog
 from helpers import WRONG, random_model, run_command, save_checkpoint, tiny_config
 from judge import RULES as TABLE
 from judge import JudgeHead, Rule
@@ -611,3 +612,27 @@ def test_exit_code_and_line(monkeypatch, capsys):
     shown = capsys.readouterr()
     assert e.value.code == 2 and not shown.out
     assert shown.err.startswith("error: 'x' is not a rule") and shown.err.count("\n") == 1
+
+
+def test_answers_that_another_hand_changed_end_the_run(pair, whole, tmp_path, monkeypatch):
+    """Neither written to, nor replaced by --rescore."""
+    out, foreign = tmp_path / "out", '{"foreign": 1}\n'
+    path, saved = out / "answers.jsonl", lines_of(whole)
+
+    def made(args, examples, missing):
+        yield from saved[:3]
+        path.unlink()
+        yield from saved[3:]
+
+    monkeypatch.setattr(E, "make_answers", made)
+    with pytest.raises(UserError, match="answers.jsonl was removed or renamed"):
+        E.main([*pair.task, *pair.models, "--rules", RULES, "--out", str(out), "--device", "cpu"])
+    assert not path.exists()
+    shutil.rmtree(out)
+    shutil.copytree(whole, out)
+    score = E.TASKS["demo"].score
+    monkeypatch.setattr(E.TASKS["demo"], "score", lambda *args: (
+        path.open("a").write(foreign), score(*args))[1])
+    with pytest.raises(UserError, match="answers.jsonl was changed by another"):
+        E.main([*pair.task, "--rescore", "--out", str(out)])
+    assert path.read_text().startswith((whole / "answers.jsonl").read_text() + foreign)

@@ -1,10 +1,17 @@
 """The speculative loop against the target alone, brute force and statistics."""
 import functools
+import io
 import itertools
 import json
 import math
+import os
+import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -316,6 +323,36 @@ def test_sampled_standard_speculation_has_the_targets_distribution(temperature, 
     assert outcomes[0] > runs / 100 < outcomes[2]
 
 
+COLD = [5e-324, 1e-320, 1e-46, 1e-45, 1e-40, 1e-38, 1e-36, judge.COLDEST]
+
+
+@pytest.mark.parametrize("more", [{}, {"top_k": 5, "top_p": 0.3}], ids=["plain", "top_k, top_p"])
+@pytest.mark.parametrize("accept", ["standard", "judge", "target"])
+def test_a_temperature_too_low_for_float32_is_greedy(accept, more):
+    how = ("good", head(weight=0.05), accept) if accept == "judge" else ("good", None, "standard")
+    text = lambda t: generate(make(models()["target"], models().get(how[0] * (accept != "target")),
+                                   *how[1:], speculate_k=4, temperature=t, **more), tokens(8), 12)
+    want, rng = text(0.0), random.Random(1)
+    for t in (*COLD, *(10 ** rng.uniform(-320, -30) for _ in range(4))):
+        got = text(t)
+        assert (got.tokens, got.sources) == (want.tokens, want.sources), t
+        assert make(models()["target"], temperature=t).noise(1) is None, t
+    near = text(1.1 * judge.COLDEST)  # sampled, from distributions of one token each
+    assert (near.tokens, near.accept_counts) == (want.tokens, want.accept_counts)
+
+
+def test_every_temperature_gives_a_distribution():
+    rng = random.Random(2)
+    torch.manual_seed(0)
+    for t in (*COLD, 1e300, 1.7e308, *(10 ** rng.uniform(-320, 308) for _ in range(100))):
+        top_k, top_p = rng.choice((None, 1, 5)), rng.choice((None, 0.01, 0.9))
+        s = Settings("standard", None, t, top_k, top_p, 50)
+        for scale in (0.0, 1e-6, 1.0, 30.0, 1e4):
+            p = s.probabilities(scale * torch.randn(3, 50))
+            assert p.isfinite().all() and (p >= 0).all(), (t, scale)
+            torch.testing.assert_close(p.sum(-1), torch.ones(3))
+
+
 def test_seed_repeats_a_sampled_run():
     run = lambda seed: generate(make(models()["target"], models()["good"], speculate_k=4,
                                        temperature=1.0, seed=seed), tokens(6), 30).tokens
@@ -591,6 +628,217 @@ def test_interactive_keeps_going(pair, tmp_path):
     assert b["prompt_tokens"] > a["prompt_tokens"] + len(a["tokens"])
 
 
+# ---------------------------------------------------------------- chats
+
+@pytest.fixture(scope="module")
+def chatty(pair):
+    """The pair, with a chat template in the target's directory."""
+    shutil.copytree(pair / "target", pair / "chatty")
+    (pair / "chatty" / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role[:1] }} {{ m.content }}\n{% endfor %}a")
+    return pair
+
+
+def chat(monkeypatch, lines: bytes, *args, code=None):
+    """A chat in this process, at whose standard input stand `lines`; (prompt, tokens) a turn."""
+    turns, call = [], generate
+
+    def spy(engine, prompt, *more):
+        turns.append((list(prompt), r := call(engine, prompt, *more)))
+        return r
+
+    monkeypatch.setattr(G, "generate", spy)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", "--interactive",
+                                      "--ignore_eos", "--max_new_tokens", "8", *map(str, args)])
+    if code is None:
+        run(G.main)
+    else:
+        with pytest.raises(SystemExit, match=str(code)):
+            run(G.main)
+    return turns
+
+
+@pytest.mark.parametrize("template, judged, compiled", [
+    (False, True, False), (True, False, False),
+    pytest.param(True, True, True, marks=pytest.mark.slow)])
+def test_a_chat_that_outgrows_the_context_goes_on(chatty, tmp_path, monkeypatch, capsys, template,
+                                                  judged, compiled):
+    """30 turns in 128 tokens: each as a fresh engine answers the same prompt, which is the longest
+    that leaves room for the answer.
+    """
+    home, rng = chatty / "chatty", random.Random(3)
+    more = [*(["--chat"] if template else []), *(["--compile"] if compiled else []), *(
+        ["--draft", chatty / "draft", "--speculate_k", 3, "--judge", chatty / "judge.safetensors"]
+        if judged else [])]
+    said = [" ".join(rng.choices("the cat sat on a mat today".split(), k=rng.randrange(1, 9)))
+            for _ in range(30)]
+    turns = chat(monkeypatch, "\n".join(said).encode(), "--target", home, *more, "--json",
+                 tmp_path / "o.json")
+    assert [t["tokens"] for t in json.loads((tmp_path / "o.json").read_text())] == [
+        r.tokens for _, r in turns]
+    target, draft, judge_head, tokenizer = load_models(
+        home, chatty / "draft", chatty / "judge.safetensors", speculate_k=3)
+    fresh = lambda p: generate(make(target, *(
+        (draft, judge_head, "judge", None, 3) if judged else ())), p, 8)
+
+    def whole(i, first):
+        """The prompt of turn i with the turns from `first` on."""
+        if template:
+            return tokenizer.chat([m for j in range(first, i) for m in (
+                {"role": "user", "content": said[j]},
+                {"role": "assistant", "content": turns[j][1].text})]
+                + [{"role": "user", "content": said[i]}])
+        parts = [tokenizer.encode(said[j], continuation=j > 0)[j == 0:] + turns[j][1].tokens
+                 for j in range(first, i)]
+        return [tokenizer.bos[0], *sum(parts, []), *tokenizer.encode(
+            said[i], bos=False, continuation=first < i)]
+
+    first, left_out = 0, []
+    for i, (prompt, r) in enumerate(turns):
+        before = first
+        while len(whole(i, first)) + 8 > 128:
+            first += 1
+        left_out += [first - before] if first > before else []
+        assert prompt == whole(i, first), i
+        assert r.tokens == fresh(prompt).tokens and len(r.tokens) == 8, i
+    err = capsys.readouterr().err
+    told = [int(n) for n in re.findall(r"context of 128 tokens; it goes on without its oldest "
+                                       r"(\d+) turns?\n", err)]
+    assert told == left_out and len(told) > 5 and len(turns) == 30
+
+
+def test_lines_that_cannot_be_answered_are_said_and_left_out(chatty, tmp_path, monkeypatch, capsys):
+    """The chat goes on as if they had not been typed; one after another in the same read."""
+    lines = [b"the cat", b"\xff\xfe bad", b"x" * 1_000_000, b"", b"  ", b"\xed\xa0\x80", b"a\0b"]
+    start = time.monotonic()
+    turns = chat(monkeypatch, b"\n".join(lines), "--target", chatty / "target", "--json",
+                 tmp_path / "o.json")
+    assert time.monotonic() - start < 20
+    prompts = [p for p, _ in turns]
+    want = chat(monkeypatch, b"the cat\na\0b\n", "--target", chatty / "target")
+    assert prompts == [p for p, _ in want] and len(prompts) == 2
+    err = capsys.readouterr().err
+    assert err.count("that line is not UTF-8 text, so it is left out\n") == 2
+    assert re.search(r"that message has \d+ tokens and the context 128, so it is left out", err)
+    assert len(json.loads((tmp_path / "o.json").read_text())) == 2
+
+
+ENDS = {"interrupted": (signal.SIGINT, 130), "terminated": (signal.SIGTERM, 143),
+        "hung up": (signal.SIGHUP, 129)}
+
+
+@pytest.mark.parametrize("moment", ["while generating", "while reading the prompt", "while typing"])
+@pytest.mark.parametrize("how", ENDS)
+def test_what_was_said_is_kept_when_a_signal_ends_the_chat(chatty, tmp_path, monkeypatch, how,
+                                                           moment):
+    """The turn that it ends is kept as far as it was shown."""
+    number, code = ENDS[how]
+    out, shown, prefill = tmp_path / "o.json", [], Engine.prefill
+    handler = signal.default_int_handler if code == 130 else lambda *_: sys.exit(code)
+    before = signal.signal(number, handler)
+    original = G.printer
+
+    def printer(*args):
+        show, finish = original(*args)
+
+        def watched(tokens, sources):
+            show(tokens, sources)
+            shown.append(tokens)
+            if moment == "while generating" and len(shown) == 11:
+                signal.raise_signal(number)
+        return watched, finish
+
+    def read(engine, prompt, room):
+        if moment == "while reading the prompt" and shown:
+            signal.raise_signal(number)
+        return prefill(engine, prompt, room)
+
+    def typed(prompt, lines=iter(["the cat", "sat"])):  # noqa: B008
+        if moment == "while typing" and shown:
+            signal.raise_signal(number)
+        return next(lines)
+
+    monkeypatch.setattr(G, "printer", printer)
+    monkeypatch.setattr(Engine, "prefill", read)
+    monkeypatch.setattr("builtins.input", typed)
+    try:
+        chat(monkeypatch, b"", "--target", chatty / "target", "--json", out, code=code)
+        assert signal.getsignal(number) != signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    kept = json.loads(out.read_text())
+    kept = kept if isinstance(kept, list) else [kept]
+    texts = [t for r in kept for t in r["tokens"]]
+    assert texts == sum(shown, []) or texts[:-1] == sum(shown, [])
+    assert [len(r["tokens"]) for r in kept] == ([8, 4] if moment == "while generating" else [8])
+
+
+def test_a_turn_is_kept_before_the_line_about_it_is_written(chatty, tmp_path, monkeypatch):
+    """Its reader may be gone."""
+    def gone(line):
+        raise BrokenPipeError
+    monkeypatch.setattr(G, "tell", gone)
+    with pytest.raises((BrokenPipeError, SystemExit)):
+        chat(monkeypatch, b"the cat\nsat\n", "--target", chatty / "target", "--json",
+             tmp_path / "o.json")
+    assert len(json.loads((tmp_path / "o.json").read_text())["tokens"]) == 8
+
+
+def test_a_second_signal_ends_a_turn_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), G.held_back_signals() as stop:
+        assert not stop(1)
+        signal.raise_signal(signal.SIGINT)
+        assert stop(1)
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_what_was_said_is_kept_when_a_later_turn_fails(chatty, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "o.json"
+    monkeypatch.setattr(Tokenizer, "chat", lambda self, messages: [1, 5, 6] if len(messages) < 3
+                        else judge.refuse((True, "the template fails")))
+    chat(monkeypatch, b"a\nb\nc\n", "--target", chatty / "chatty", "--chat", "--json", out, code=2)
+    assert "error: the template fails" in capsys.readouterr().err
+    assert json.loads(out.read_text())["prompt_tokens"] == 3
+    assert chat(monkeypatch, b"", "--target", chatty / "target", "--json", out) == []
+    assert json.loads(out.read_text()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["INT", "TERM", "HUP", "KILL", "PIPE"])
+def test_what_was_said_is_kept_however_a_real_process_ends(tmp_path, how):
+    """With the demo pair, which generates long enough to be met in the middle of a turn."""
+    demo, out = ROOT / "checkpoints" / "demo", tmp_path / "o.json"
+    p = subprocess.Popen(
+        [sys.executable, ROOT / "generate.py", "--device", "cpu", "--target", demo / "target",
+         "--interactive", "--max_new_tokens", "200", "--ignore_eos", "--json", out],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    p.stdin.write(b"Question: Mira has 3 eggs.\n"), p.stdin.flush()
+    while not (out.exists() and isinstance(json.loads(out.read_text()), dict)):
+        assert p.poll() is None
+        time.sleep(0.02)
+    os.read(p.stdout.fileno(), 1 << 16)
+    p.stdin.write(b"Mira finds 4.\n"), p.stdin.flush()
+    while len(os.read(p.stdout.fileno(), 1 << 16)) < 3:  # the prompt sign, then text
+        pass
+    p.stdout.close() if how == "PIPE" else p.send_signal(getattr(signal, f"SIG{how}"))
+    p.stdin.close()
+    code = p.wait(60)
+    kept = json.loads(out.read_text())
+    kept = kept if isinstance(kept, list) else [kept]
+    if how != "PIPE":
+        assert code == {"INT": 130}.get(how, -getattr(signal, f"SIG{how}"))
+    assert len(kept[0]["tokens"]) == 200
+    assert len(kept) == (1 if how in ("KILL", "PIPE") else 2) and kept[-1]["text"]
+    assert len(kept) == 1 or 0 < len(kept[1]["tokens"]) < 200
+
+
+# ---------------------------------------------------------------- bad input
+
 BAD = [
     (("--target", "nowhere", "--prompt", "x"), "nowhere"),
     (("--target", "{}/empty", "--prompt", "x"), "empty holds no model.safetensors"),
@@ -644,7 +892,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="module")
 def bad(pair):
     """The pair, with broken things beside it."""
-    import shutil
     (pair / "empty").mkdir()
     shutil.copytree(pair / "target", pair / "truncated")
     weights = pair / "truncated" / "model.safetensors"
@@ -690,3 +937,26 @@ def test_colour_on_a_terminal_only(monkeypatch):
     assert G.use_color(Terminal()) and not G.use_color(open("/dev/null"))
     monkeypatch.setenv("NO_COLOR", "1")
     assert not G.use_color(Terminal())
+
+
+class Terminal(io.StringIO):
+    isatty = lambda self: True
+
+
+def test_control_characters_reach_a_file_but_no_terminal(pair, monkeypatch):
+    tokenizer = Tokenizer.from_dir(pair / "target")
+    text = "\x1b[2J\x9b1m\x00\x07\x7f\t\n\r\u2028"
+    ids = [tokenizer.ids[f"<0x{b:02X}>"] for b in text.encode()]
+
+    def shown(out):
+        show, finish = G.printer(tokenizer, [1, 5], (), out)
+        show(ids, ["target"] * len(ids))
+        finish()
+        return out.getvalue()
+
+    assert shown(io.StringIO()) == text + "\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    escaped = r"\x1b[2J\x9b1m\x00\x07\x7f" + "\t\n\\r\u2028\n"
+    assert shown(Terminal()) == escaped
+    monkeypatch.delenv("NO_COLOR")
+    assert re.sub("\x1b\\[(33|0)m", "", shown(Terminal())) == escaped

@@ -14,10 +14,11 @@ import torch
 import checkpoint
 import make_judge_data as M
 import test_tokenizer
-from common import AnswerLog, UserError
+from common import UserError
 from engine import Engine, generate
 from evaluation.tasks import TASKS, Score
 from families import token_bytes
+from formats.answer_log import AnswerLog
 from helpers import ROOT, random_model, save_checkpoint, strings, tiny_config
 from judge_data import mining
 from judge_data.data import encode, label_tokens, read_data
@@ -640,3 +641,27 @@ def test_refusals(pair, answers, homes, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: --method autojudge")
+
+
+def test_temperatures_that_are_greedy_are_one():
+    assert M.temperatures("0,1e-40,0.7,1e-320,-0,0.7") == [0.0, 0.7]
+
+
+@pytest.mark.parametrize("how, change", [
+    ("removed", lambda out: out.unlink()),
+    ("changed", lambda out: out.open("a").write('{"foreign": 1}\n'))])
+def test_answers_that_another_hand_changed_end_the_run(pair, answers, tmp_path, monkeypatch, how,
+                                                       change):
+    out, lines = tmp_path / "a.jsonl", lines_of(answers)
+
+    def made(args, i, units):
+        yield from lines[:3]
+        change(out)
+        left.append(out.exists() and out.read_bytes())
+        yield from lines[3:]
+
+    left = []
+    monkeypatch.setattr(M, "answers", made)
+    with pytest.raises(UserError, match=f"{out} was {how}"):
+        M.main(flags(pair, out))
+    assert (out.exists() and out.read_bytes()) == left[0]
