@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+GZIP = b"\x1f\x8b"  # how such a file begins
 DEEPEST = 200  # levels of nested JSON: well below what Python's own stack allows anywhere
 LONGEST = 1500  # characters of an error's line: it may repeat what a file or a flag holds
 
@@ -36,6 +37,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
     def parse_args(self, args=None, namespace=None):
+        try:
+            os.getcwd()
+        except OSError:
+            raise UserError("the current directory is not there any more; change to another"
+                            ) from None
         args = super().parse_args(args, namespace)
         for flag, values in vars(args).items():
             for value in values if isinstance(values, list) else [values]:
@@ -55,7 +61,7 @@ def check_flag(flag: str, value):
                     "directory is not UTF-8 text; rename it"))
             os.stat(value)
         except (FileNotFoundError, NotADirectoryError):
-            refuse((not Path(".").exists(), "the current directory does not exist any more"))
+            pass
         except (OSError, ValueError) as e:  # links in a circle, a name too long
             raise UserError(f"{flag} {value}: {getattr(e, 'strerror', e)}") from None
 
@@ -78,10 +84,6 @@ def run(main, speak=None):
     no model; the others go through ranks.job.run, for torchrun's sake.
     """
     open_streams()
-    if not speak and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if os.environ.get("RANK", "0") == "0":
-            tell("error: this command runs no model; start it with python, not with torchrun")
-        sys.exit(2)
     interrupted = False
 
     def interrupt(*_):
@@ -93,6 +95,10 @@ def run(main, speak=None):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
     try:
+        if by_torchrun() and not speak:
+            refuse((os.environ["RANK"] == "0",
+                    "this command runs no model; start it with python, not with torchrun"))
+            sys.exit(2)
         main()
         sys.stdout.flush()
     except BaseException as error:
@@ -106,6 +112,20 @@ def run(main, speak=None):
             (speak or tell)(line if len(line) < LONGEST else f"{line[:LONGEST]} ...")
         failed_output()
         sys.exit(2)
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun started this process as one of several; raises UserError if only a part of
+    what it sets is there.
+    """
+    said = {name: os.environ.get(name) for name in (
+        "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+    if said["WORLD_SIZE"] in (None, "1") and said["RANK"] in (None, "0"):
+        return False
+    bad = next((name for name, value in said.items() if not (value or "").isdecimal()), None)
+    refuse((bad, f"the environment has WORLD_SIZE={said['WORLD_SIZE']} and RANK={said['RANK']}, "
+            f"but {bad}={said.get(bad)}: start with torchrun, or unset them"))
+    return True
 
 
 def user_error(error: BaseException) -> str:
@@ -455,7 +475,7 @@ def json_lines(path, holding: str | None = None, torn=lambda tail: False,
     last line is left out where `torn(bytes)` says that a killed run can have left it.
     """
     data = read_bytes(path)
-    if data[:2] == b"\x1f\x8b":
+    if data[:2] == GZIP:
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error):

@@ -39,6 +39,7 @@ from common import (
     tell,
 )
 from linear import GROUP_SIZES, MODES, Quantization, QuantizedLinear
+from load import read_vocabulary
 from model import ModelConfig, Transformer
 
 
@@ -111,6 +112,8 @@ def main():
     files = copied(source) | {name: read_bytes(source / name)
                               for name in ("tokenizer.json", "tokenizer.model")
                               if (source / name).exists()}
+    if any(name.startswith("tokenizer.") for name in files):
+        read_vocabulary(source)  # refuses one that cannot be read
     write_checkpoint(out, source, planned, hf, files)
     before, after = (sum(f.stat().st_size for f in weight_files(d)) for d in (source, out))
     say(f"{source} -> {out}: {args.mode}, {before / 1e6:,.1f} MB -> {after / 1e6:,.1f} MB")

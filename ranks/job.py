@@ -40,7 +40,11 @@ def run(main):
     The first rank that fails says why; the others, which mostly lost the connection to it, do not.
     One that a signal kills says nothing: torchrun's report names it.
     """
-    if world() == 1:
+    try:
+        alone = not common.by_torchrun()
+    except common.UserError:
+        alone = True  # common.run says why
+    if alone:
         return common.run(main)
     code, errors = 1, sys.stderr
     say = lambda text: first_to_fail() and print(text, file=errors, flush=True)

@@ -126,8 +126,9 @@ def test_control_characters_of_an_error_are_shown_escaped(capsys):
 
 @pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
 def test_a_command_without_a_model_is_no_command_for_torchrun(rank, said, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
+    for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
+                        "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1234"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         run(lambda: pytest.fail("it ran"))
     assert capsys.readouterr().err.count("start it with python, not with torchrun") == said
@@ -435,3 +436,34 @@ def test_a_path_that_no_file_can_have_is_named(tmp_path):
         with pytest.raises(UserError, match=f"cannot write {path}: .*{why}"):
             AnswerLog(path)
         assert saved_settings(path, path, {}) == {}
+
+
+@pytest.mark.parametrize("module, environment, bad", [
+    ("common", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"), ("common", {"WORLD_SIZE": ""}, "WORLD_SIZE="),
+    ("common", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
+     "MASTER_PORT=None"), ("common", {"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1"),
+    ("ranks.job", {"WORLD_SIZE": "2"}, "RANK=None"),
+    ("ranks.job", {"RANK": "3"}, "WORLD_SIZE=None"),
+])
+def test_half_of_torchruns_environment_is_refused(module, environment, bad):
+    p = command(f"from {module} import run\nrun(lambda: print('ran'))",
+                env=os.environ | environment)
+    out, err = p.communicate()
+    assert p.returncode == 2 and not out and err.decode().count("\n") == 1, err
+    assert err.decode().startswith("error: ") and bad in err.decode()
+
+
+def test_a_current_directory_that_has_gone_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="the current directory is not there any more"):
+        common.Parser().parse_args([])
+
+
+def test_a_gzipped_log_is_neither_added_to_nor_cut(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(data := gzip.compress(b'{"a": 1}\n{"a'))
+    with pytest.raises(UserError, match="log.jsonl: it is gzipped"):
+        AnswerLog(path)
+    assert path.read_bytes() == data

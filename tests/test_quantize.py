@@ -11,6 +11,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 
 import checkpoint
 import linear
@@ -361,11 +364,14 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
     skip_without_fp8(mode)
     plain = random_model(config, seed=1, scale=0.1)
     source = save_checkpoint(tmp_path / "m", plain, config)
-    (source / "tokenizer.model").write_bytes(b"some tokenizer")
+    tokenizer = Tokenizer(BPE({"a": 0, "b": 1}, []))
+    tokenizer.decoder = Fuse()
+    tokenizer.save(str(source / "tokenizer.json"))
     group = ["--group_size", "64"] if mode == "int4" else []
     out = run_main(monkeypatch, source, tmp_path / "q", "--mode", mode, *group)
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors",
-                                                     "tokenizer.model"]
+                                                     "tokenizer.json"]
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     written = json.loads((out / "config.json").read_text())
     assert written == config | {"quantization": {"mode": mode, "group_size": 64 if group else None,
                                                  "parent": fingerprint(source)}}
@@ -394,6 +400,20 @@ def test_roundtrip(tmp_path, monkeypatch, fp8_anywhere, config, mode):
         assert error(read(model), read(plain).double()) < 1e-5
     draft = random_model(config, seed=1, scale=0.1)
     assert text(model) == text(model, draft) == text(model, random_model(config, seed=4))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_not_copied(tmp_path, monkeypatch, capsys):
+    source = save_checkpoint(tmp_path / "m", random_model(tiny_config()), tiny_config())
+    for name, data in (("tokenizer.model", b"no tokenizer"), ("tokenizer.json", b"{}"),
+                       ("added_tokens.json", b"\xff"), ("tokenizer_config.json", b"[" * 10_000),
+                       ("chat_template.jinja", b"\xff")):
+        (source / name).write_bytes(data)
+        with pytest.raises(SystemExit, match="2"):
+            run_main(monkeypatch, source, tmp_path / "q", "--mode", "int8")
+        assert f"{source / name}" in capsys.readouterr().err.splitlines()[-1]
+        assert [p.name for p in tmp_path.iterdir()] == ["m"]
+        (source / name).unlink()
+    run_main(monkeypatch, source, tmp_path / "q", "--mode", "int8")
 
 
 def verify(model, head, tokens, pos, cache):
