@@ -79,7 +79,7 @@ def check_file(path: Path):
     elif path.suffix == ".png":
         assert path.read_bytes()[:4] == b"\x89PNG" and path.read_bytes()[-8:-4] == b"IEND"
     elif path.suffix in (".jsonl", ".skipped", ".part"):
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         assert not text or text.endswith("\n"), "its last line has no end"
         for line in text.split("\n")[:-1]:
             strict(line)
