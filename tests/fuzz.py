@@ -16,6 +16,7 @@ import shutil
 import socket
 import stat
 import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -546,7 +547,8 @@ def on_file(change, suffixes=None):
     """A mutation that applies `change(rng, path)` to one of the run's files."""
     def mutation(run, rng):
         if path := files(run, rng, suffixes):
-            with contextlib.suppress(ValueError, RecursionError):  # damaged before
+            damaged = ValueError, RecursionError, OSError, EOFError, zlib.error  # before
+            with contextlib.suppress(*damaged):
                 return f"{path.relative_to(run.home)}: {change(rng, path)}"
     return mutation
 
