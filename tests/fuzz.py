@@ -644,12 +644,14 @@ def output(run, rng):
     if not places:
         return None
     old, new = rng.choice(places), f"other{len(run.done)}"
-    kind = rng.choice(["an input", "a link to an input", "a hard link to an input", "nowhere/x",
+    kind = rng.choice(["an input", "an input", "a link to an input", "./ of an input",
+                       "a hard link to an input", "a hard link to an input", "nowhere/x",
                        "a directory", "a FIFO", "a device", "a link to /dev/full",
                        "a link to /dev/null", "a link to /dev/stdout", "/proc/x", "another output",
                        "a loop of links", "a file/x", ".", "", "name", "a file that is there",
-                       "a dangling link", "./ of an input"])
-    given = next((p for p in run.inputs if p in run.argv), None)
+                       "a dangling link"])
+    given = files(run, rng)  # also one inside a checkpoint's directory
+    given = given and str(given.relative_to(run.home))
     if kind == "an input" and given:
         new = given
     elif kind == "./ of an input" and given:
@@ -742,5 +744,5 @@ KINDS = [
     (on_file(safetensors_file, ".safetensors"), 8),
     (on_file(metadata_of_safetensors, (".safetensors",)), 3),
     (on_file(template, ".jinja"), 3), (on_file(model_file, "tokenizer.model"), 3), (rename, 4),
-    (number_flag, 10), (word_flag, 4), (odd_flags, 4), (output, 8), (more_output, 3),
+    (number_flag, 10), (word_flag, 4), (odd_flags, 4), (output, 12), (more_output, 4),
     (surroundings, 8)]
