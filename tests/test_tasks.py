@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from common import UserError
-from evaluation.tasks import TASKS, number
+from evaluation.answers import number
+from evaluation.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
