@@ -16,6 +16,7 @@ DASHES = dict.fromkeys((*range(0x2010, 0x2016), 0x2212, 0xfe58, 0xfe63, 0xff0d),
 SPACES = dict.fromkeys((0xa0, *range(0x2000, 0x200b), 0x202f, 0x205f, 0x3000), " ")
 UNSEEN = dict.fromkeys((0xad, *range(0x200b, 0x2010), *range(0x202a, 0x202f),
                         *range(0x2060, 0x206a), 0xfeff))
+LONGEST = 30_000  # characters from the end that a number or a letter is looked for in
 FULL_WIDTH = {i: i - 0xfee0 for i in range(0xff01, 0xff5f)}
 
 
@@ -44,7 +45,7 @@ GROUPED = r"\d{1,3}(?:,\d\d){0,4}(?:,\d{3})+(?!\d)"  # 1,234,567, and Indian 12,
 VALUE = rf"(?:(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
 # A dash is a sign unless it joins: no negative number in 10-5, (10-30) or 3%-5%.
 NUMBER = re.compile(rf"(?:(?<![\w)\]%.])-)?{CURRENCY}(?:(?<=[$€£¥₹])-)?{VALUE}")
-DRESS = r"""(?:[\s*_`"'(\[{<=:≈~$€£¥₹]|\\[($\[]|\\(?!d?frac)[A-Za-z]+)*"""
+DRESS = r"""(?:[\s*_`"'(\[{<=:≈~$€£¥₹]|\\[($\[]|\\(?!d?frac)[A-Za-z]+){0,60}"""
 DRESSED = rf"{DRESS}((?:-\s?)?{CURRENCY}(?:\d{{1,3}}(?: \d{{3}})+(?!\d)(?:\.\d+)?|{VALUE}))"
 MARKED = re.compile(rf"####{DRESSED}")
 LABELLED = re.compile(rf"####[^\d\n]{{0,60}}?(?:\b(?:is|are|answer|equals)\b|[=:≈]){DRESSED}", re.I)
@@ -76,7 +77,7 @@ def read_number(text: str) -> tuple[Decimal | None, str]:
     """(value, what it was read from): the first number marked by ####, as in the official
     extraction; without one the last that is boxed; without that the last of all.
     """
-    text = plain(own_turn(text))
+    text = plain(own_turn(text)[-LONGEST:])
     if "####" in text and (marked := MARKED.search(text) or LABELLED.search(text)):
         return number(marked[1]), "marked"
     if "\\boxed" in text and (boxed := BOXED.findall(text)):
@@ -141,14 +142,14 @@ def read_letter(text: str, texts: list[str]) -> tuple[int | None, str]:
 
     Every letter is treated alike: what is asked of A and a, which are words too, is asked of all.
     """
-    text = own_turn(text)
+    text = own_turn(text)[-LONGEST:]
     if (asked := ASKED.search(text, max(0, len(text) - 50))) and asked[1] in LETTERS[:len(texts)]:
         return LETTERS.index(asked[1]), HOW[0]
     text = undressed(text)
     best, chosen = len(HOW), None
     for start in (max(text.rfind(". ", 0, -2), text.rfind(".\n", 0, -2)) + 1, 0):
         if best > 0:  # mostly the last sentence names it, and nothing counts more
-            for m in reversed(mentions(text, LETTERS[:len(texts)], start)):
+            for m in reversed(mentions(text, LETTERS[:len(texts)], start)[-200:]):
                 if (rank := standing(text, m, texts)) is not None and rank < best:
                     best, chosen = rank, m
                 if best == 0:
@@ -173,16 +174,17 @@ def undressed(text: str) -> str:
 
 def mentions(text: str, letters: str, start: int) -> list[re.Match]:
     """The letters that stand alone, without rows such as "A, B or C", which name no single one."""
-    rows = []  # (the letters, whether "or" or the like joins them)
+    rows = []  # [the letters, whether "or" or the like joins them]
     for m in MENTION.finditer(text, start):
         if m[0].upper() not in letters:
             continue
         joint = rows and JOINT.fullmatch(text, rows[-1][0][-1].end(), m.start())
-        if joint and any(joint.groups()) and m[0] not in [n[0] for n in rows[-1][0]] and not (
+        if joint and any(joint.groups()) and m[0] not in [n[0] for n in rows[-1][0][:5]] and not (
                 joint[2] == "and" and VERB.match(text, m.end())):
-            rows[-1] = [*rows[-1][0], m], rows[-1][1] or joint[2]
+            rows[-1][0].append(m)
+            rows[-1][1] += joint[2]
         else:
-            rows.append(([m], ""))
+            rows.append([[m], ""])
     return [m for row, word in rows if not word and len(row) < 3 for m in row]
 
 
@@ -207,7 +209,7 @@ def standing(text: str, m: re.Match, texts: list[str]) -> int | None:
         return 2
     if ENDED.match(text, end) and (opens or HINT.search(text, near, start)):
         return 2
-    free = m[0].isupper() and FREE.match(text, end) and not text[:start].rstrip()[-1:].isdigit()
+    free = m[0].isupper() and FREE.match(text, end) and not text[near:start].rstrip()[-1:].isdigit()
     return 3 if free else None
 
 
@@ -237,6 +239,7 @@ UNINDENTED = re.compile(r"^\S", re.M)
 RETURNS = re.compile(r"^[ \t]*(?:return|yield|raise)\b.*\n?", re.M)
 # Where a statement can begin.
 STATEMENT = re.compile(r"^(?=[^\s#)\]}])(?!(?:else|elif|except|finally)\b)(?<!^@)", re.M)
+CODE = re.compile(r"[=:]|\bimport\b")  # in every statement that is kept
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 DEFINITION = *FUNCTION, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign
 
@@ -254,7 +257,7 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
     if text[:1].isspace() and not re.search(r"\n\S|```|~~~", text):
         return prompt + text
     name = re.escape(entry_point)
-    head = re.split(rf"^(?:async +)?def +{name}\b", prompt, maxsplit=1, flags=re.M)[0]
+    head = head_of(prompt, entry_point)
     defines = re.compile(rf"^(?:(?:async +)?def|class) +{name}\b|^{name} *(?::[^=\n]+)?=(?!=)",
                          re.M).search
     found, outside, closed = blocks(text)
@@ -271,6 +274,12 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
         sources = [continued(prompt, body) for body in reversed(bodies)]
         source = next(filter(compiles, sources), sources[0])
     return joined(borrowed(source, found, entry_point), source) if len(found) > 1 else source
+
+
+def head_of(prompt: str, entry_point: str) -> str:
+    """What the prompt has before the function: imports and helpers. All of it if it has none."""
+    return re.split(rf"^(?:async +)?def +{re.escape(entry_point)}\b", prompt, maxsplit=1,
+                    flags=re.M)[0]
 
 
 def blocks(text: str) -> tuple[list[str], str, bool]:
@@ -363,8 +372,9 @@ def statements(text: str) -> str:
         pending += chunk
         if chunk.startswith("@"):
             continue
-        if (t := tree(pending)) and not any(isinstance(s, (ast.Expr, ast.Assert)) or isinstance(
-                s, ast.AnnAssign) and s.value is None for s in t.body):
+        if CODE.search(pending) and (t := tree(pending)) and not any(
+                isinstance(s, (ast.Expr, ast.Assert))
+                or isinstance(s, ast.AnnAssign) and s.value is None for s in t.body):
             kept.append(pending)
         pending = ""
     return "".join(kept)
@@ -374,16 +384,19 @@ def borrowed(source: str, found: list[str], name: str) -> str:
     """The definitions in blocks of names that `source` uses and has not; never that of `name`."""
     if not (t := tree(source)):
         return ""
-    wanted, pieces = used(t) - bound(t) - set(dir(builtins)), []
-    others = [s for code in found if (t := tree(flush(code))) for s in t.body
+    others = [s for code in found if (t2 := tree(flush(code))) for s in t2.body
               if isinstance(s, DEFINITION) and name not in bound(s)]
-    for _ in others:
-        fresh = [s for s in others if s not in pieces and bound(s) & (wanted | {"*"})]
-        if not (wanted and fresh):
-            break
-        pieces += fresh
-        wanted |= set().union(*map(used, fresh))
-    return "".join(ast.unparse(s) + "\n" for s in others if s in pieces)
+    by_name, taken = {}, set()
+    for s in others:
+        for n in {s.name} if isinstance(s, FUNCTION) else bound(s):
+            by_name.setdefault(n, []).append(s)
+    wanted = [*(used(t) - bound(t) - set(dir(builtins)))]
+    wanted += ["*"] if wanted else []
+    while wanted:
+        for s in by_name.pop(wanted.pop(), ()):
+            taken.add(s)
+            wanted += used(s)
+    return "".join(ast.unparse(s) + "\n" for s in others if s in taken)
 
 
 def used(node) -> set[str]:

@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 from common import UserError, json_lines
 from demo.check import is_right
-from evaluation.answers import LETTERS, read_letter, read_number, read_program, reference
+from evaluation.answers import (
+    LETTERS,
+    head_of,
+    read_letter,
+    read_number,
+    read_program,
+    reference,
+)
 from evaluation.sandbox import run_python
 
 
@@ -38,16 +45,21 @@ class Task:
         if missing(type(self), lines[0].value) and others:
             raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task "
                             f"{others[0]} or another file")
-        counts, kept = Counter(), []
+        counts, kept, seen = Counter(), [], {}
         for i, line in enumerate(lines):
             if field := missing(type(self), line.value):
                 raise UserError(f"{line.where}: {field} is missing or not what {self.name} has "
                                 "there")
             e = line.value | {"id": self.id(i, line.value), "domain": self.domain(line.value)}
+            if not isinstance(e["id"], str):
+                raise UserError(f"{line.where}: its id is not a string")
             counts[e["domain"]] += 1
             if limit is None or counts[e["domain"]] <= limit:
                 if problem := self.problem(e):
                     raise UserError(f"{line.where}: {problem}")
+                if (first := seen.setdefault(e["id"], line.number)) != line.number:
+                    raise UserError(f"{line.where}: its id {e['id']!r} is also that of line "
+                                    f"{first}; each must be another")
                 kept.append(e)
         return kept
 
@@ -147,6 +159,12 @@ class HumanEval(Task):
     def id(self, i, line):
         return line["task_id"]
 
+    def problem(self, example):
+        if head_of(example["prompt"], example["entry_point"]) == example["prompt"]:
+            return f"the prompt of {example['id']} does not define its entry_point"
+        if "def check(" not in example["test"]:
+            return f"the test of {example['id']} does not define check"
+
     def prompt(self, example) -> str:
         return example["prompt"]
 
@@ -189,14 +207,17 @@ class Arc(Task):
     )
 
     def problem(self, example):
-        labels = [c.get("label") for c in example["question"]["choices"]
-                  if isinstance(c, dict) and isinstance(c.get("text"), str)]
-        if not 2 <= len(labels) <= len(LETTERS) or example["answerKey"] not in labels:
+        choices = example["question"]["choices"]
+        labels = [c["label"] for c in choices if isinstance(c, dict)
+                  and isinstance(c.get("label"), str) and isinstance(c.get("text"), str)]
+        if (not 2 <= len(set(labels)) == len(choices) <= len(LETTERS)
+                or example["answerKey"] not in labels):
             return (f"the choices of {example['id']} are not as ARC has them, or its answerKey is "
                     "none of their labels")
 
     def id(self, i, line):
-        return str(line.get("id", f"arc/{i}"))
+        value = line.get("id", f"arc/{i}")
+        return str(value) if type(value) is int else value
 
     def ask(self, stem: str, texts) -> str:
         return f"{stem}\n" + "\n".join(map("{}) {}".format, LETTERS, texts))
@@ -230,6 +251,12 @@ class Demo(Task):
     """
     name, max_new_tokens = "demo", 220
     fields = ("task", str), ("prompt", str), ("answer", (int, str, list))
+
+    def problem(self, example):
+        answer, code = example["answer"], example["task"] == "code"
+        if code != isinstance(answer, list) or code and not all(
+                isinstance(pair, list) and len(pair) == 2 for pair in answer):
+            return f"the answer of {example['id']} is not one that its task has"
 
     def id(self, i, line):
         return f"{line['task']}/{i}"
