@@ -5,6 +5,7 @@ no answer, None says so. Thinking is never the answer.
 """
 import ast
 import builtins
+import functools
 import re
 import textwrap
 import unicodedata
@@ -422,6 +423,7 @@ def tree(source: str) -> ast.Module | None:
         return None
 
 
+@functools.lru_cache(4)
 def compiles(source: str) -> bool:
     """Whether a source is a module. "Done" and "Note: simple" are, too, but taken for prose."""
     if not (t := tree(source)) or any(
