@@ -24,7 +24,7 @@ FULL_WIDTH = {i: i - 0xfee0 for i in range(0xff01, 0xff5f)}
 def after_thinking(text: str) -> str:
     """What follows the last closing tag, without a span that is still open at the end."""
     small = text.lower()
-    if not any(end in small for end in ("think>", "thinking>", "thought>", "reasoning>", "think]")):
+    if not ("think" in small or "thought>" in small or "reasoning>" in small):
         return text
     tags = [(tag.start(), tag.end(), "/" in tag[0]) for tag in THOUGHT.finditer(text)]
     begin = max((end for _, end, closes in tags if closes), default=0)
@@ -257,10 +257,8 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text[:1].isspace() and not re.search(r"\n\S|```|~~~", text):
         return prompt + text
-    name = re.escape(entry_point)
     head = head_of(prompt, entry_point)
-    defines = re.compile(rf"^(?:(?:async +)?def|class) +{name}\b|^{name} *(?::[^=\n]+)?=(?!=)",
-                         re.M).search
+    defines = definition(entry_point).search
     found, outside, closed = blocks(text)
     if whole := [code for code in map(flush, found) if defines(code)]:
         code = whole[0] if len(whole) == 1 else last_draft(whole, entry_point)
@@ -277,10 +275,17 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
     return joined(borrowed(source, found, entry_point), source) if len(found) > 1 else source
 
 
+@functools.lru_cache(256)
+def definition(name: str) -> re.Pattern:
+    """What begins a line that defines `name`."""
+    name = re.escape(name)
+    return re.compile(rf"^(?:(?:async +)?def|class) +{name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
+
+
 def head_of(prompt: str, entry_point: str) -> str:
     """What the prompt has before the function: imports and helpers. All of it if it has none."""
-    return re.split(rf"^(?:async +)?def +{re.escape(entry_point)}\b", prompt, maxsplit=1,
-                    flags=re.M)[0]
+    found = definition(entry_point).search(prompt)
+    return prompt[:found.start()] if found else prompt
 
 
 def blocks(text: str) -> tuple[list[str], str, bool]:
