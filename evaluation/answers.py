@@ -104,8 +104,11 @@ UNDRESSED = DASHES | UNSEEN | {ord(old): new for olds, new in (
 # be a word, only where something ends it.
 MENTION = re.compile(r"(?<![\w\-°.])(?<!\w')(?:[A-E]|[a-e](?=[).:,;!?']|\s*(?:\Z|\n|-\s)"
                      r"|\s+(?:because|since|as|is)\b))(?![\w°]|['.\-]\w)")
+# What joins the letters of a row, and the verb after "A and B is wrong", which is no row.
 JOINT = re.compile(r"\)?\s*(,?)\s*(and\b|or\b|nor\b|/|&|)\s*\(?")
 VERB = re.compile(r"\)?\s+(?:is|was|seems|has|does|would)\b")
+# What stands before a letter. CLAIM: the answer is, correct choice:. PICK: I choose, it must be.
+# HINT: option, so, ->, which also begin "option A is wrong". DENIAL: not, rather than, ruling out.
 FILLER = (r"(?:[\s(:,>'-]|\b(?:the|option|choice|letter|answer|most|likely|probably|clearly|then|"
           r"definitely|certainly|thus|therefore|so|indeed|simply|obviously|actually|correct|right|"
           r"best|one|statement|number|labell?ed|i|think|believe|it|is|be|would|must)\b)*\Z")
@@ -118,23 +121,28 @@ PICK = re.compile(r"\b(?:pick(?:ed)?|choose|chose|choosing|select(?:ed)?|go(?:in
                   rf"it is|it's|must be|would be|should be|that's|say|guess)\b{FILLER}", re.I)
 HINT = re.compile(rf"(?:\b(?:option|choice|letter|answer|so|thus|therefore|hence|leaving|leaves)\b"
                   rf"|>|=){FILLER}", re.I)
-PROVED = re.compile(
-    r"\)?(?:(?!\bnot\b|n't\b|[.;\n]).){0,40}?\s(?:is|seems|looks|must be)\s+"
-    r"(?:(?:the|to|be|only|also|indeed|most|\w+ly)\s+)*"
-    r"(?:correct|right|true|best|better|likely|accurate|appropriate|answer)\b", re.I)
 DENIAL = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|unlike|eliminat\w+|exclud\w+|reject\w*|than|instead of|"
     r"rul\w+ out)\b|n't\b|\b(?:wrong|incorrect|false) (?:answer|option|choice|one)\b)"
     r"(?:(?!\b(?:but|so|thus|therefore|hence|because|answer)\b).){0,25}\Z", re.I)
+OPENS = re.compile(r"^[\s(>'-]*\Z", re.M)
+# What follows one. PROVED: is the best answer. DENIED: is wrong, cannot. ENDED and FREE: nothing
+# that would make it the article of a noun.
+PROVED = re.compile(
+    r"\)?(?:(?!\bnot\b|n't\b|[.;\n]).){0,40}?\s(?:is|seems|looks|must be)\s+"
+    r"(?:(?:the|to|be|only|also|indeed|most|\w+ly)\s+)*"
+    r"(?:correct|right|true|best|better|likely|accurate|appropriate|answer)\b", re.I)
 DENIED = re.compile(
     r"\)?\s*(?:[:-]?\s*(?:wrong|incorrect|false)\b|(?:is|are|was|can|could|does|do|would|has|seems?"
     r"|looks?|must|may|be)\b(?:\s+\w+){0,2}?\s+(?:not|wrong|incorrect|false|eliminated|excluded|"
     r"unlikely|irrelevant|ruled)\b|(?:cannot|\w+n't)\b)", re.I)
-OPENS = re.compile(r"^[\s(>'-]*\Z", re.M)
 ALONE = re.compile(r"[)'.:!]*[ \t]*(?:\n|\Z)")
 ENDED = re.compile(r"[)'>]*(?:[.,;:!?)]|\s*(?:\Z|\n|-)|\s+(?:because|since|as)\b)", re.I)
 FREE = re.compile(rf"{ENDED.pattern}|[)'>]*\s+(?:and|but|is|was|seems|looks|would|can|does|has|"
                   r"makes|fits|works|matches|remains)\b", re.I)
+
+SENTENCE = re.compile(r"[^.\n]*")
+SAID = re.compile(r"\b(?:answer|choice|option)(?:\s+is|\s*:|)\s*([^\n]+)", re.I)
 
 
 def read_letter(text: str, texts: list[str]) -> tuple[int | None, str]:
@@ -214,10 +222,6 @@ def standing(text: str, m: re.Match, texts: list[str]) -> int | None:
     return 3 if free else None
 
 
-SENTENCE = re.compile(r"[^.\n]*")
-SAID = re.compile(r"\b(?:answer|choice|option)(?:\s+is|\s*:|)\s*([^\n]+)", re.I)
-
-
 def choice_of(said: str, texts: list[str]) -> int | None:
     """The one choice whose text, with or without its letter, is what is said."""
     found = words(said[:1000])
@@ -239,7 +243,7 @@ CONSOLE = re.compile(r"^(?:>>>|\.\.\.)(?: (.*)|)$", re.M)
 UNINDENTED = re.compile(r"^\S", re.M)
 RETURNS = re.compile(r"^[ \t]*(?:return|yield|raise)\b.*\n?", re.M)
 # Where a statement can begin.
-STATEMENT = re.compile(r"^(?=[^\s#)\]}])(?!(?:else|elif|except|finally)\b)(?<!^@)", re.M)
+STATEMENT = re.compile(r"^(?=[^\s#)\]}])(?!(?:else|elif|except|finally)\b)", re.M)
 CODE = re.compile(r"[=:]|\bimport\b")  # in every statement that is kept
 FUNCTION = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 DEFINITION = *FUNCTION, ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign
