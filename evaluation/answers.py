@@ -276,7 +276,7 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
     else:
         sources = [continued(prompt, body) for body in reversed(bodies)]
         source = next(filter(compiles, sources), sources[0])
-    return joined(borrowed(source, found, entry_point), source) if len(found) > 1 else source
+    return joined(borrowed(source, found), source) if len(found) > 1 else source
 
 
 @functools.lru_cache(256)
@@ -390,23 +390,26 @@ def statements(text: str) -> str:
     return "".join(kept)
 
 
-def borrowed(source: str, found: list[str], name: str) -> str:
-    """The definitions in blocks of names that `source` uses and has not; never that of `name`."""
+def borrowed(source: str, found: list[str]) -> str:
+    """The definitions in blocks of the names that `source` uses and has not."""
     if not (t := tree(source)):
         return ""
-    others = [s for code in found if (t2 := tree(flush(code))) for s in t2.body
-              if isinstance(s, DEFINITION) and name not in bound(s)]
-    by_name, taken = {}, set()
-    for s in others:
-        for n in {s.name} if isinstance(s, FUNCTION) else bound(s):
-            by_name.setdefault(n, []).append(s)
+    others, by_name, taken = [], {}, set()  # others: (statement, its lines)
+    for code in map(flush, found):
+        lines, block = code.split("\n"), tree(code)
+        for s in block.body if block else ():
+            if isinstance(s, DEFINITION):
+                first = min([s.lineno, *(d.lineno for d in getattr(s, "decorator_list", ()))])
+                others.append((s, "\n".join(lines[first - 1:s.end_lineno]) + "\n"))
+                for name in {s.name} if isinstance(s, FUNCTION) else bound(s):
+                    by_name.setdefault(name, []).append(s)
     wanted = [*(used(t) - bound(t) - set(dir(builtins)))]
     wanted += ["*"] if wanted else []
     while wanted:
         for s in by_name.pop(wanted.pop(), ()):
             taken.add(s)
             wanted += used(s)
-    return "".join(ast.unparse(s) + "\n" for s in others if s in taken)
+    return "".join(text for s, text in others if s in taken)
 
 
 def used(node) -> set[str]:

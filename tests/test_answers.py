@@ -495,6 +495,8 @@ PROGRAMS = [  # (case, the answer, whether the official check passes the code in
      "\n" "def add(x, y):\n" "    return plus(x, y)\n" "\n" "Done.", 1),
     ("unfenced decorated", "So:\n@staticmethod\ndef plus(a, b):\n    return a + b\n\n" + F +
      "That's all.", 1),
+    ("unfenced decorator that matters", "So\ndef twice(f):\n    return lambda x, y: 2 * f(x, y)\n\n"
+     "@twice\ndef add(x, y):\n    return (x + y) / 2\n\nThat's all.", 1),
     ("unfenced note", "Note: simple\n" + F, 1),
     ("future", py("from __future__ import annotations\n" + F), 1),
     ("future doc", py('"""Doc."""\nfrom __future__ import annotations\nimport sys\n' + F), 1),
@@ -569,6 +571,9 @@ PROGRAMS = [  # (case, the answer, whether the official check passes the code in
     ("prompt echo prose", "Sure:\n\n" + PROMPT + B + "\nDone.", 1),
     ("form feed", py("def add(x, y):\n    return x + y\n\f\n"), 1),
     ("global const", py("K = 0\n") + py("def add(x, y):\n    return x + y + K\n"), 1),
+    ("helper decorated",
+     py("import functools\n\n@functools.cache\ndef plus(a, b):\n    return a + b\n") +
+     py("def add(x, y):\n    plus.cache_clear()\n    return plus(x, y)\n"), 1),
     ("const recursion", py("K = add(1, 1)\n") + py(F), 1),
 ]
 
@@ -676,6 +681,17 @@ def test_any_text_is_scored():
         assert type(tasks["gsm8k"].score({"answer": "#### 42"}, text).right) is bool
         assert type(tasks["arc"].score(arc, text).right) is bool
         assert isinstance(read_program(PROMPT, "add", text), str)
+
+
+@pytest.mark.parametrize("deep", [
+    lambda n: "1" + "+1" * n, lambda n: "-" * n + "1", lambda n: "a" + ".b" * n,
+    lambda n: "f" + "()" * n, lambda n: "1 if 0 else " * n + "1", lambda n: "(" * n + ")" * n])
+def test_code_nested_deep_is_read_or_left(deep):
+    for n in 100, 500, 2900, 50_000:
+        for text in (py(f"q = {deep(n)}\n") + py("def add(x, y):\n    return q\n"),
+                     f"q = {deep(n)}\n{F}",
+                     B + f"\n\nq = {deep(n)}\n", py("return " + deep(n) + "\n")):
+            assert "add" in read_program(PROMPT, "add", text)
 
 
 @pytest.mark.slow
