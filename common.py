@@ -101,6 +101,7 @@ def run(main, speak=None):
             sys.exit(2)
         main()
         sys.stdout.flush()
+        sys.stderr.flush()
     except BaseException as error:
         if interrupted:  # torch's C++ sometimes turns a KeyboardInterrupt into another error
             sys.exit(130)

@@ -1,7 +1,8 @@
 """What benchmark.py shows of its result: tables as text, and a picture. No model."""
 from pathlib import Path
 
-from common import replacing
+from common import visible
+from evaluation.report import save_picture
 
 PAPER = {"standard": 6.3, "judge": 19.7}  # accepted per round, Llama 3.1 8B / 405B (2501.19309)
 SIMULATED = "simulated acceptance"
@@ -133,16 +134,15 @@ def plot(r: dict, path: Path):
                         textcoords="offset points")
     ax.set_xlabel(f"drafted tokens accepted per round ({SIMULATED})")
     ax.set_ylabel("tokens/s")
-    names = [" ".join(filter(None, (Path(m["name"]).name, m["quant"])))
+    names = [visible(" ".join(filter(None, (Path(m["name"]).name, m["quant"]))))
              for m in (r["draft"], r["target"])]
     dtypes = " and ".join(dict.fromkeys(r[flag]["dtype"] for flag in ("target", "draft")))
     ax.set_title(f"{names[0]} drafts for {names[1]}: {SIMULATED}\n{device_name(r)}, {dtypes}, "
-                 f"{'compiled' if r['compile'] else 'eager'}", fontsize=10.5)
+                 f"{'compiled' if r['compile'] else 'eager'}", fontsize=10.5, parse_math=False)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="0.92")
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], frameon=False,
                   fontsize=9, loc="outside right center")
-    with replacing(path) as tmp:
-        figure.savefig(tmp, dpi=150, format="png")
+    save_picture(figure, path)
     plt.close(figure)

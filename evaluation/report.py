@@ -7,10 +7,11 @@ problems unlike these.
 """
 import itertools
 import math
+import warnings
 from collections import Counter
 from pathlib import Path
 
-from common import replacing
+from common import replacing, visible
 
 PLAIN = ("target", "draft")  # rules without rounds of drafts
 COLORS = dict.fromkeys((*PLAIN, "standard"), "0.25") | {
@@ -216,13 +217,20 @@ def plot(r: dict, path: Path) -> str | None:
     ax.set_ylabel("accuracy, with 95% intervals")
     s = r["settings"]
     names = " drafts for ".join(filter(None, (s.get("draft_name"), s["target_name"])))
-    ax.set_title(f"{s['task']}: {names}\nK = {s['speculate_k']}, {s['dtype']}, {s['device']}",
+    ax.set_title(f"{s['task']}: {visible(names)}\nK = {s['speculate_k']}, {s['dtype']}, "
+                 f"{s['device']}",
                  fontsize=10.5, parse_math=False)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.93")
     figure.legend(frameon=False, fontsize=9, markerscale=0.8, loc="outside right center")
-    with replacing(path) as tmp:
-        figure.savefig(tmp, dpi=150, format="png")
+    save_picture(figure, path)
     plt.close(figure)
     return None
+
+
+def save_picture(figure, path: Path):
+    """Write a PNG; a character of a name that no font has becomes a box, without a warning."""
+    with replacing(path) as tmp, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        figure.savefig(tmp, dpi=150, format="png")

@@ -7,13 +7,19 @@ says what the answer was read from, so that fallbacks can be counted apart. File
 benchmarks' authors publish, also gzipped. Answers are compared as texts and numbers; only HumanEval
 runs code, in sandbox.py.
 """
-import re
 from collections import Counter
-from decimal import Decimal, InvalidOperation
 from typing import NamedTuple
 
 from common import UserError, json_lines
 from demo.check import is_right
+from evaluation.answers import (
+    LETTERS,
+    head_of,
+    read_letter,
+    read_number,
+    read_program,
+    reference,
+)
 from evaluation.sandbox import run_python
 
 
@@ -39,16 +45,21 @@ class Task:
         if missing(type(self), lines[0].value) and others:
             raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task "
                             f"{others[0]} or another file")
-        counts, kept = Counter(), []
+        counts, kept, seen = Counter(), [], {}
         for i, line in enumerate(lines):
             if field := missing(type(self), line.value):
                 raise UserError(f"{line.where}: {field} is missing or not what {self.name} has "
                                 "there")
             e = line.value | {"id": self.id(i, line.value), "domain": self.domain(line.value)}
+            if not isinstance(e["id"], str):
+                raise UserError(f"{line.where}: its id is not a string")
             counts[e["domain"]] += 1
             if limit is None or counts[e["domain"]] <= limit:
                 if problem := self.problem(e):
                     raise UserError(f"{line.where}: {problem}")
+                if (first := seen.setdefault(e["id"], line.number)) != line.number:
+                    raise UserError(f"{line.where}: its id {e['id']!r} is also that of line "
+                                    f"{first}; each must be another")
                 kept.append(e)
         return kept
 
@@ -75,18 +86,6 @@ def missing(task, line: dict) -> str | None:
 
 
 # ---------------------------------------------------------------- GSM8K
-
-NUMBER = r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+"
-MARKED = rf"####\s*({NUMBER})"
-
-
-def number(text: str) -> Decimal | None:
-    """The value of a number as people write it: 18, 18.0 and $18 are the same, 1,000 is 1000."""
-    try:
-        return Decimal(re.sub(r"[\s,$]", "", text))
-    except InvalidOperation:
-        return None
-
 
 class Gsm8k(Task):
     """Grade-school maths (Cobbe et al., arXiv 2110.14168).
@@ -120,7 +119,7 @@ class Gsm8k(Task):
     )
 
     def problem(self, example):
-        if not re.search(MARKED, example["answer"]):
+        if reference(example["answer"]) is None:
             return f"the answer of {example['id']} does not end in #### and a number"
 
     def prompt(self, example) -> str:
@@ -132,14 +131,8 @@ class Gsm8k(Task):
                 "#### N\nwhere N is the answer as a number alone.")
 
     def score(self, example, completion: str) -> Score:
-        """The first number after ####, as in the official extraction; without one, the last number.
-        """
-        want = number(re.search(MARKED, example["answer"])[1])
-        if marked := re.search(MARKED, completion):
-            return Score(number(marked[1]) == want, "marked")
-        if found := re.findall(NUMBER, completion):
-            return Score(number(found[-1]) == want, "last number")
-        return Score(False, "no number")
+        value, how = read_number(completion)
+        return Score(value is not None and value == reference(example["answer"]), how)
 
 
 # ---------------------------------------------------------------- HumanEval
@@ -166,6 +159,12 @@ class HumanEval(Task):
     def id(self, i, line):
         return line["task_id"]
 
+    def problem(self, example):
+        if head_of(example["prompt"], example["entry_point"]) == example["prompt"]:
+            return f"the prompt of {example['id']} does not define its entry_point"
+        if "def check(" not in example["test"]:
+            return f"the test of {example['id']} does not define check"
+
     def prompt(self, example) -> str:
         return example["prompt"]
 
@@ -181,18 +180,8 @@ class HumanEval(Task):
         return Score(outcome.status == "passed", outcome.status)
 
     def program(self, example, completion: str) -> str:
-        """The code to run.
-
-        A code block that defines the function goes after the prompt's imports as it is; anything
-        else continues the prompt.
-        """
-        blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", completion,
-                            re.DOTALL | re.IGNORECASE)
-        start = re.compile(rf"^def {re.escape(example['entry_point'])}\b", re.MULTILINE)
-        for code in (*blocks, completion):
-            if start.search(code):
-                return start.split(example["prompt"], maxsplit=1)[0] + code
-        return example["prompt"] + (blocks[0] if blocks else completion)
+        """The code to run."""
+        return read_program(example["prompt"], example["entry_point"], completion)
 
 
 # ---------------------------------------------------------------- ARC
@@ -204,7 +193,6 @@ class Arc(Task):
     """
     name, stop, max_new_tokens = "arc", ("\nQuestion:", "\n\n"), 384
     fields = ("question.stem", str), ("question.choices", list), ("answerKey", str)
-    LETTERS = "ABCDE"
     EXAMPLES = (
         ("Which of these is a source of light?",
          ("the Moon", "a mirror", "a candle flame", "a window"),
@@ -219,17 +207,20 @@ class Arc(Task):
     )
 
     def problem(self, example):
-        labels = [c.get("label") for c in example["question"]["choices"]
-                  if isinstance(c, dict) and isinstance(c.get("text"), str)]
-        if not 2 <= len(labels) <= len(self.LETTERS) or example["answerKey"] not in labels:
+        choices = example["question"]["choices"]
+        labels = [c["label"] for c in choices if isinstance(c, dict)
+                  and isinstance(c.get("label"), str) and isinstance(c.get("text"), str)]
+        if (not 2 <= len(set(labels)) == len(choices) <= len(LETTERS)
+                or example["answerKey"] not in labels):
             return (f"the choices of {example['id']} are not as ARC has them, or its answerKey is "
                     "none of their labels")
 
     def id(self, i, line):
-        return str(line.get("id", f"arc/{i}"))
+        value = line.get("id", f"arc/{i}")
+        return str(value) if type(value) is int else value
 
     def ask(self, stem: str, texts) -> str:
-        return f"{stem}\n" + "\n".join(map("{}) {}".format, self.LETTERS, texts))
+        return f"{stem}\n" + "\n".join(map("{}) {}".format, LETTERS, texts))
 
     def asked(self, example) -> str:
         question = example["question"]
@@ -245,22 +236,10 @@ class Arc(Task):
                 "the form\nThe answer is X.\nwhere X is the letter.")
 
     def score(self, example, completion: str) -> Score:
-        """The last letter that is named as the answer; else one that stands alone as a choice does;
-        else any letter by itself.
-        """
         choices = example["question"]["choices"]
-        letters = self.LETTERS[:len(choices)]
-        want = letters[[c["label"] for c in choices].index(example["answerKey"])]
-        patterns = {
-            "named": r"(?i:answer(?:\s+is)?|choice(?:\s+is)?)\s*:?\s*"
-                     rf"[\"'*({{]*([{letters}])(?![\w'])",
-            "as a choice": rf"(?:^|\n)\s*[\"'*(]*([{letters}])(?:[).:*]|\s*$)|\(([{letters}])\)",
-            "a letter": rf"(?<![\w'])([B-{letters[-1]}])(?![\w'])",  # not A: it is a word
-        }
-        for how, pattern in patterns.items():
-            if found := re.findall(pattern, completion):
-                return Score("".join(found[-1]) == want, how)  # the letter, by itself or in a tuple
-        return Score(False, "no letter")
+        index, how = read_letter(completion, [c["text"] for c in choices])
+        want = [c["label"] for c in choices].index(example["answerKey"])
+        return Score(index == want, how)
 
 
 # ---------------------------------------------------------------- the demo
@@ -272,6 +251,12 @@ class Demo(Task):
     """
     name, max_new_tokens = "demo", 220
     fields = ("task", str), ("prompt", str), ("answer", (int, str, list))
+
+    def problem(self, example):
+        answer, code = example["answer"], example["task"] == "code"
+        if code != isinstance(answer, list) or code and not all(
+                isinstance(pair, list) and len(pair) == 2 for pair in answer):
+            return f"the answer of {example['id']} is not one that its task has"
 
     def id(self, i, line):
         return f"{line['task']}/{i}"

@@ -252,38 +252,42 @@ def command(code, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
 
 
-@pytest.mark.parametrize("code, status, said", [
-    ("raise common.UserError('a\\x1b[31m\\nb\\ud800')", 2, r"error: a\x1b[31m\nb\ud800"),
-    ("open('/nowhere/x')", 2, "error: /nowhere/x: No such file or directory"),
-    ("common.tell('\\x9b2J \\u202e\\ud800\\nline 2')", 0, "\\x9b2J \\u202e\\ud800\nline 2"),
-    ("print('\\ud800é', file=sys.stderr)", 0, r"\ud800\xe9"),
+@pytest.mark.parametrize("code, status, out, err", [
+    ("fail(common.UserError('a\\x1b[31m\\nb\\ud800'))", 2, "", r"error: a\x1b[31m\nb\ud800"),
+    ("open('/nowhere/x')", 2, "", "error: /nowhere/x: No such file or directory"),
+    ("common.tell('\\x1b[2J \\x9b \\u202e\\nline 2')", 0, "", "\\x1b[2J \\x9b \\u202e\nline 2"),
+    ("common.say('\\x1b[2J \\x9b \\u202e\\nline 2')", 0, "\\x1b[2J \\x9b \\u202e\nline 2", ""),
+    ("print('\\ud800é')", 0, r"\ud800\xe9", ""),
 ])
-def test_what_is_said_is_printable_in_any_encoding(code, status, said):
-    p = command(f"common.run(lambda: {code.replace('raise ', 'fail(')}{')' * ('raise' in code)})"
-                .replace("common.run", "def fail(e): raise e\ncommon.run"),
+def test_what_is_said_is_printable_in_any_encoding(code, status, out, err):
+    p = command(f"def fail(e):\n raise e\ncommon.run(lambda: {code})",
                 env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    out, err = p.communicate()
-    assert (p.returncode, out, err.decode()) == (status, b"", said + "\n")
+    said = [x.decode().removesuffix("\n") for x in p.communicate()]
+    assert (p.returncode, *said) == (status, out, err)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("how, status, said", [
     (">&-", 0, ""), ("2>&-", 0, None), ("<&-", 0, ""), (">&- 2>&- <&-", 0, None),
     (">/dev/full", 2, "error: cannot write the output: No space left on device\n"),
 ])
-def test_a_closed_or_full_output_is_no_traceback(tmp_path, how, status, said):
+def test_a_closed_or_full_output_is_no_traceback(tmp_path, how, status, said, unbuffered):
     code = ("def main():\n open('f', 'w').close(); print('x' * 100); sys.stdin.read()\n"
             " common.tell('') if 0 else None\ncommon.run(main)")
     p = subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {how}', sys.executable,
                         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import common\n{code}"],
-                       cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+                       cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+                       env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert (p.returncode, p.stderr) == (status, said or ""), p
     assert (tmp_path / "f").stat().st_size == 0  # what was printed went into no file
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_has_gone_ends_the_run_in_silence(lines):
+def test_a_reader_that_has_gone_ends_the_run_in_silence(lines, unbuffered):
     p = command(f"import time; time.sleep(0.3)\n"
-                f"common.run(lambda: [print('x') for _ in range({lines})])")
+                f"common.run(lambda: [print('x') for _ in range({lines})])",
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     p.stdout.close()
     assert (p.wait(60), p.stderr.read()) == (141, b"")
     p.stderr.close()

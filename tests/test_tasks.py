@@ -1,13 +1,15 @@
 """The benchmarks: answers read as people write them, every example of the real files, bad files."""
 import gzip
 import json
+import random
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from common import UserError
-from evaluation.tasks import TASKS, number
+from evaluation.answers import number
+from evaluation.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -51,7 +53,8 @@ ARC = {"id": "x", "question": {"stem": "s", "choices": CHOICES}, "answerKey": "2
     ("The answer is B.", True, "named"), ("A ball falls. The answer is **B**.", True, "named"),
     ("Answer: (B)", True, "named"), ("answer is C, no: the answer is B", True, "named"),
     ("B", True, "as a choice"), (" B) x", True, "as a choice"), ("(B)", True, "as a choice"),
-    ("I choose (C).", False, "as a choice"), ("It must be B, I think", True, "a letter"),
+    ("I choose (C).", False, "as a choice"), ("It must be B, I think", True, "as a choice"),
+    ("A cannot be it, B can be", True, "a letter"), ("x fits. x", False, "no letter"),
     ("The answer is Copper.", False, "no letter"), ("A cat has no letter", False, "no letter"),
     ("I'd say B's right", False, "no letter"), ("E", False, "no letter"),
 ])
@@ -137,6 +140,20 @@ def test_real_files(name):
     ("arc", json.dumps(ARC) + "\n" + json.dumps(ARC | {"answerKey": "E"}),
      "line 2: the choices of x are not as ARC has them, or its answerKey is none"),
     ("gsm8k", json.dumps(HUMAN), "is a file of humaneval"),
+    ("humaneval", json.dumps(HUMAN) + "\n\n" + json.dumps(HUMAN),
+     "line 3: its id 't/0' is also that of line 1"),
+    ("humaneval", json.dumps(HUMAN | {"entry_point": "g"}),
+     "line 1: the prompt of t/0 does not define its entry_point"),
+    ("humaneval", json.dumps(HUMAN | {"test": "pass"}), "the test of t/0 does not define check"),
+    ("arc", "\n".join([json.dumps(ARC)] * 2), "line 2: its id 'x' is also that of line 1"),
+    ("arc", json.dumps(ARC | {"id": [1]}), "line 1: its id is not a string"),
+    ("arc", json.dumps(ARC | {"answerKey": ["2"]}), "line 1: 'answerKey' is missing or not"),
+    ("arc", json.dumps(ARC | {"question": {"stem": "s", "choices": CHOICES[:3] + CHOICES[:1]}}),
+     "line 1: the choices of x are not as ARC has them"),
+    ("arc", json.dumps(ARC | {"question": {"stem": "s", "choices": [*CHOICES, "z"]}}),
+     "line 1: the choices of x are not as ARC has them"),
+    ("demo", '{"task": "code", "prompt": "p", "answer": [1]}', "line 1: the answer of code/0"),
+    ("demo", '{"task": "maths", "prompt": "p", "answer": []}', "line 1: 'answer' is missing"),
     ("humaneval", json.dumps(ARC), "is a file of arc"),
     ("demo", '{"task": "maths", "prompt": "p"}', "line 1: 'answer' is missing"),
 ])
@@ -146,6 +163,38 @@ def test_bad_files_are_one_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as e:
         make(name).load(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+VALUES = (None, True, 0, -1, 5, 1e9, "", "x", "#### 3", "\u2028", "\x1b[2J\n", [], ["x"], [[]], {},
+          {"label": "2"}, {"choices": CHOICES}, CHOICES,
+          [{"label": [], "text": "t"}, {"label": "2", "text": 2}])
+
+
+@pytest.mark.parametrize("name, good", [
+    ("gsm8k", GSM), ("arc", ARC), ("humaneval", HUMAN),
+    ("demo", {"task": "code", "prompt": "def f(x):", "answer": [[1, 2]]})])
+def test_a_mistyped_line_is_named_or_can_be_scored(tmp_path, name, good):
+    """Every field, and every pair of two, with values of every kind; ids repeat and collide."""
+    r, path, task, refused = random.Random(name), tmp_path / "f.jsonl", make(name), 0
+    for i in range(300):
+        lines = [good | {k: r.choice(VALUES) for k in r.sample([*good, "id"], r.randint(0, 2))}
+                 for _ in range(2)]
+        if i % 3 == 0 and name == "arc":
+            lines[0] = good | {"question": good["question"] | {
+                r.choice(("stem", "choices")): r.choice(VALUES)}}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        try:
+            examples = task.load(path)
+        except UserError as e:
+            refused += 1
+            assert str(path) in str(e) and ("line" in str(e) or "is a file of" in str(e))
+            continue
+        assert len({e["id"] for e in examples}) == 2
+        for e in examples:
+            assert isinstance(task.prompt(e), str) and isinstance(task.chat(e), str)
+            if name != "humaneval":
+                assert isinstance(task.score(e, "x\n#### 3").right, bool)
+    assert 0 < refused < 300
 
 
 def test_gzip_whole_broken_and_no_file(tmp_path):
