@@ -49,7 +49,7 @@ EXAMPLES = {
                    "test": "def check(candidate):\n    assert candidate(1) == 2\n"}
                   for n in range(2)],
     "demo": [{"task": "maths", "prompt": "Question: 1 + 2?\nAnswer:", "answer": 3},
-             {"task": "code", "prompt": "def f(x):\n", "answer": ["f(1) == 2"]},
+             {"task": "code", "prompt": "def f(x):\n", "answer": [[1, 2], [3, 4]]},
              {"task": "facts", "prompt": "Question: who?\nAnswer:", "answer": "Ann"}],
     "prompts": [{"prompt": "the cat"}, {"turns": ["Hello", "and"], "category": "chat"},
                 {"instruction": "Say 12345.", "input": "now", "output": "12345"}],
