@@ -89,7 +89,7 @@ def make_inputs(home: Path, run):
         home / "judge.safetensors")
     for name, lines in EXAMPLES.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
-    (home / "data.jsonl.gz").write_bytes(gzip.compress((home / "data.jsonl").read_bytes()))
+    (home / "data.jsonl.gz").write_bytes(packed((home / "data.jsonl").read_bytes()))
     again = [e | {"prompt": e["prompt"] + " again"} for e in EXAMPLES["data"][:6]]
     (home / "more.jsonl").write_text("".join(json.dumps(e) + "\n" for e in again))
     for name, config in (("big.json", CONFIG), ("small.json", DRAFT)):
@@ -270,6 +270,10 @@ def mutated(rng, value, deep=0.75) -> tuple[str, str]:
             f"{place}: beside it {short(name)}: {short(new)}")
 
 
+def packed(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)  # the same bytes at any time
+
+
 def short(text: str) -> str:
     return text if len(text) < 60 else f"{text[:30]}...({len(text)})"
 
@@ -282,8 +286,8 @@ def json_file(rng, path: Path) -> str:
 
 def json_lines_file(rng, path: Path) -> str:
     data = path.read_bytes()
-    packed = data[:2] == b"\x1f\x8b"
-    lines = (gzip.decompress(data) if packed else data).decode().splitlines()
+    zipped = data[:2] == b"\x1f\x8b"
+    lines = (gzip.decompress(data) if zipped else data).decode().splitlines()
     i, kind = rng.randrange(len(lines)), rng.random()
     what = f"line {i + 1}: "
     if kind < 0.75:
@@ -298,7 +302,7 @@ def json_lines_file(rng, path: Path) -> str:
         lines[i] = new
         what += f"is {short(new)!r}"
     data = "".join(line + "\n" for line in lines).encode()
-    path.write_bytes(gzip.compress(data) if packed else data)
+    path.write_bytes(packed(data) if zipped else data)
     return what
 
 
@@ -308,7 +312,7 @@ def whole_file(rng, path: Path) -> str:
     """Other bytes in a file's place."""
     data = path.read_bytes()
     half = len(data) // 2
-    zipped = gzip.compress(data)
+    zipped = packed(data)
     at = rng.randrange(len(data) + 1)
     garbage = rng.randbytes(300)
     made = {
@@ -320,7 +324,7 @@ def whole_file(rng, path: Path) -> str:
         "5 MB of {": b'{"":' * 1_300_000, "not UTF-8": data[:at] + b"\xff\xfe" + data[at:],
         "gzip": zipped, "half a gzip": zipped[:len(zipped) // 2],
         "gzip with a wrong CRC": zipped[:-8] + b"\1\2\3\4" + zipped[-4:],
-        "gzip of garbage": gzip.compress(garbage), "two gzips": zipped + zipped,
+        "gzip of garbage": packed(garbage), "two gzips": zipped + zipped,
         "gzip and garbage": zipped + garbage, "gzip broken inside":
         zipped[:len(zipped) // 2] + garbage + zipped[len(zipped) // 2 + 300:],
         "a web page": b"<!DOCTYPE html><html></html>", "gzip's first bytes": b"\x1f\x8b",
