@@ -259,7 +259,7 @@ def read_answers(path: Path) -> list[dict]:
                           or missing(TASKS[task], value.get("example") or {})),
                 f"{where}: 'task' is {task!r}, but 'right' is missing or 'example' is none of its "
                 "examples"))
-        answers.append(value | {"where": where})
+        answers.append(value | {"where": where, "task": task})
     return answers
 
 

@@ -66,15 +66,13 @@ def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
     if table is None:
         settings |= optional_json(directory / "special_tokens_map.json", SETTINGS)
         special, path = set(special_texts(settings)), directory / "added_tokens.json"
-        added = optional_json(path)
-        check_kinds(added, dict.fromkeys(added, ID), path)
         table = {str(i): {"content": text, "special": text in special,
                           "normalized": text not in special}
-                 for text, i in added.items() if i is not None}
+                 for text, i in optional_json(path).items()}
     for i, token in table.items():
         refuse((not (i.isascii() and i.isdigit()) or len(i) > 9 or not isinstance(token, dict),
-                f"{path}: the added token {shown(i)} is {shown(token)}, not an id and a token; "
-                "fetch the file again"))
+                f"{path}: {shown(i)} with {shown(token)} is not an id with a token; fetch the file "
+                "again"))
         check_kinds(token, FLAGS, f"{path}, added token {i}")
     return settings, {int(i): {k: table[i][k] for k in FLAGS if table[i].get(k) is not None}
                       for i in sorted(table, key=int)}

@@ -254,6 +254,7 @@ def command(code, **more):
 
 @pytest.mark.parametrize("code, status, out, err", [
     ("fail(common.UserError('a\\x1b[31m\\nb\\ud800'))", 2, "", r"error: a\x1b[31m\nb\ud800"),
+    ("fail(common.UserError('a' * 10_000))", 2, "", f"error: {'a' * (common.LONGEST - 7)} ..."),
     ("open('/nowhere/x')", 2, "", "error: /nowhere/x: No such file or directory"),
     ("common.tell('\\x1b[2J \\x9b \\u202e\\nline 2')", 0, "", "\\x1b[2J \\x9b \\u202e\nline 2"),
     ("common.say('\\x1b[2J \\x9b \\u202e\\nline 2')", 0, "\\x1b[2J \\x9b \\u202e\nline 2", ""),

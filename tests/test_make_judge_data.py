@@ -606,7 +606,7 @@ def test_refusals(pair, answers, homes, tmp_path):
             "long": [{"prompt": "short"}, {"prompt": "long " * 3000}],
             "bad": [first, {k: v for k, v in second.items() if k != "right"}],
             "wordy": [first, second | {"answer": "no " * 3000}],
-            "plain": [first | {"task": None}],
+            "plain": [first | {"task": None}, {k: v for k, v in first.items() if k != "task"}],
             "code": [first | {"task": "humaneval", "example": example}]}.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text)

@@ -289,7 +289,7 @@ def test_files_that_contradict_each_other_are_refused(homes, tmp_path):
         Tokenizer.from_dir(where)
     for table in ({"x": flags}, ["a"], {"3": 1}):
         where = changed(homes, "qwen3", tmp_path / str(len(str(table))), added_tokens_decoder=table)
-        with pytest.raises(UserError, match="added token|must be an object|token 3"):
+        with pytest.raises(UserError, match="an id with a token|must be an object"):
             Tokenizer.from_dir(where)
 
 
@@ -320,7 +320,8 @@ def test_any_value_in_the_files_beside_is_a_tokenizer_or_one_line(homes, tmp_pat
             t.prompt("abc", chat="chat_template" in keys)
         except UserError as e:
             refused += 1
-            assert str(where) in str(e) and "\n" not in str(e) and len(str(e)) < 400, (keys, e)
+            assert str(where) in str(e) and (file in str(e) or "template" in str(e)), (keys, e)
+            assert "\n" not in str(e) and len(str(e)) < 400, (keys, e)
         shutil.rmtree(where)
     assert 200 < refused < len(cases)
 
