@@ -4,6 +4,7 @@ why, and leaves its inputs as they were and its outputs whole or absent.
     FUZZ_SEED=3 FUZZ_RUNS=500 pytest -n 0 tests/test_fuzz.py -m slow     # other runs, or more
     FUZZ_SEED=3 FUZZ_ONLY=417 pytest -n 0 tests/test_fuzz.py -m slow     # one of them again
 
+FUZZ_REPORT=FILE gets all that is at fault, FUZZ_LIMIT is the seconds that a run may take.
 What is done to the inputs is fuzz.py's; the processes are fork_server.py's.
 """
 import hashlib
