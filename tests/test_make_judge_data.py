@@ -462,14 +462,14 @@ def test_marks_hold_whole_characters(homes):
     found = 0
     for t in every(homes, but=["unigram"]):  # whose spans of unknown letters are wide
         prompt = t.encode("Q: what?\nA:")
-        for text in [*strings(150, seed=5), "a 🎉 b", "日本語", "e\u0301té 👩‍👩‍👧"]:
+        for text in [*strings(60, seed=5), "a 🎉 b", "日本語", "e\u0301té 👩‍👩‍👧"]:
             tokens = t.encode(text, continuation=True)
             if t.decode_new(prompt, tokens) != text:
                 continue
+            edges = [len(text[:i].encode()) for i in range(len(text) + 1)]
             for at in random.Random(0).sample(range(len(tokens)), min(6, len(tokens))):
                 begin = sum(len(token_bytes(t, i)) for i in tokens[:at])
                 end = begin + len(token_bytes(t, tokens[at]))
-                edges = [len(text[:i].encode()) for i in range(len(text) + 1)]
                 a = max(i for i, e in enumerate(edges) if e <= begin)
                 b = min(i for i, e in enumerate(edges) if e >= end)
                 mark = characters(t, prompt, tokens, at)
@@ -483,7 +483,7 @@ def test_marks_hold_whole_characters(homes):
                 first = next(i for i, (_, e) in enumerate(offsets) if e > a)
                 assert label_tokens(offsets, mark[1]) == [1] * first + [0] * (len(ids) - first)
                 assert tokens[at] in ids[first:]
-    assert found > 1000
+    assert found > 500
 
 
 def test_a_text_that_is_cut_otherwise_gets_no_mark(homes):
