@@ -12,7 +12,12 @@ import unicodedata
 import warnings
 from decimal import Decimal, InvalidOperation
 
-THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\]", re.IGNORECASE)
+# Tags in quotes are somebody's string.
+THOUGHT = re.compile(r"""(?:<(/?)(?:think|thinking|thought|reasoning)>|\[(/?)THINK\])(?!["'`])""",
+                     re.IGNORECASE)
+END = re.compile(r"""<(?:\|(?:end_?of_?text|im_end|eot_id|eom_id|end|fim_pad|file_sep)\|"""
+                 r"""|｜end▁of▁sentence｜|eos|end_of_turn|/s)>(?!["'])""")
+NEXT = re.compile(r"\n(?:#{1,6} |\*\*)?(?:Question|Q|Human|User)(?: \d+)?(?:\*\*)?:")
 DASHES = dict.fromkeys((*range(0x2010, 0x2016), 0x2212, 0xfe58, 0xfe63, 0xff0d), "-")
 SPACES = dict.fromkeys((0xa0, *range(0x2000, 0x200b), 0x202f, 0x205f, 0x3000), " ")
 UNSEEN = dict.fromkeys((0xad, *range(0x200b, 0x2010), *range(0x202a, 0x202f),
@@ -21,8 +26,12 @@ LONGEST = 30_000  # characters from the end that a number or a letter is looked 
 FULL_WIDTH = {i: i - 0xfee0 for i in range(0xff01, 0xff5f)}
 
 
-def after_thinking(text: str) -> str:
-    """What follows the last closing tag, without a span that is still open at the end."""
+def answered(text: str) -> str:
+    """The text before its end token, if that is left in it, and after its thinking: what follows
+    the last closing tag, without a span that is still open at the end.
+    """
+    if "<" in text and (end := END.search(text)) and not (end[0] == "</s>" and "<s>" in text):
+        text = text[:end.start()]
     small = text.lower()
     if not ("think" in small or "thought>" in small or "reasoning>" in small):
         return text
@@ -31,9 +40,17 @@ def after_thinking(text: str) -> str:
     return text[begin:min((start for start, *_ in tags if start >= begin), default=None)]
 
 
-def own_turn(text: str) -> str:
-    """The answer alone: no thinking, and no next question that the model put to itself."""
-    return after_thinking(text).lstrip().partition("\nQuestion:")[0]
+def of_own_turn(read):
+    """`read` of the answer alone: no thinking, and no next question that the model put to itself,
+    unless all that it says stands behind that, as in an answer that restates the question.
+    """
+    @functools.wraps(read)
+    def reader(text: str, *rest):
+        text = answered(text).lstrip()
+        turn = NEXT.split(text, 1)[0]
+        found = read(turn[-LONGEST:], *rest)
+        return read(text[-LONGEST:], *rest) if found[0] is None and turn != text else found
+    return reader
 
 
 # ---------------------------------------------------------------- a number
@@ -74,11 +91,12 @@ def reference(answer: str) -> Decimal | None:
     return marked and number(marked[1])
 
 
+@of_own_turn
 def read_number(text: str) -> tuple[Decimal | None, str]:
     """(value, what it was read from): the first number marked by ####, as in the official
     extraction; without one the last that is boxed; without that the last of all.
     """
-    text = plain(own_turn(text)[-LONGEST:])
+    text = plain(text)
     if "####" in text and (marked := MARKED.search(text) or LABELLED.search(text)):
         return number(marked[1]), "marked"
     if "\\boxed" in text and (boxed := BOXED.findall(text)):
@@ -97,9 +115,10 @@ ASKED = re.compile(r"(?:\A|\. ?|\n)\**The (?:correct |best |final )?answer is:? 
                    r"\(?([A-E])\)?\.?\**\s*\Z")
 HOW = "named", "as a choice", "as a choice", "a letter"  # by `standing`
 TEX = re.compile(r"\\(?:(boxed|fbox)\b|[A-Za-z]+|.)")
-TAG = re.compile(r"</?(?:b|i|strong|em)>|<(/?)answer>", re.I)
+TAG = re.compile(r"</?(?:b|i|strong|em)>|[<\[](/?)(?:final_)?ans(?:wer)?[>\]]", re.I)
+GLUED = re.compile("(?<=[\u3040-\u9fff\uac00-\ud7a3])(?=[A-E](?![A-Za-z]))")  # as in 选B
 UNDRESSED = DASHES | UNSEEN | {ord(old): new for olds, new in (
-    ('*_`"“”„«»$#{}', None), ("’‘", "'"), ("[【〔「『", "("), ("]】〕」』", ")")) for old in olds}
+    ('*_`"“”„«»$#{}', None), ("’‘", "'"), ("|", " "), ("。", "."), ("[【〔「『", "("), ("]】〕」』", ")")) for old in olds}
 # A letter by itself, no part of vitamin-C, A-frame, °C, B.C., e.g. or B's. A small one, which may
 # be a word, only where something ends it.
 MENTION = re.compile(r"(?<![\w\-°.])(?<!\w')(?:[A-E]|[a-e](?=[).:,;!?']|\s*(?:\Z|\n|-\s)"
@@ -108,19 +127,22 @@ MENTION = re.compile(r"(?<![\w\-°.])(?<!\w')(?:[A-E]|[a-e](?=[).:,;!?']|\s*(?:\
 JOINT = re.compile(r"\)?\s*(,?)\s*(and\b|or\b|nor\b|/|&|)\s*\(?")
 VERB = re.compile(r"\)?\s+(?:is|was|seems|has|does|would)\b")
 # What stands before a letter. CLAIM: the answer is, correct choice:. PICK: I choose, it must be.
-# HINT: option, so, ->, which also begin "option A is wrong". DENIAL: not, rather than, ruling out.
+# No other letter stands in it: what follows "the answer is C:" or "C is correct:" explains C.
+# HINT: option, so, ->, which also begin "option A is wrong". AGAIN: a correction. DENIAL: not,
+# rather than, ruling out.
 FILLER = (r"(?:[\s(:,>'-]|\b(?:the|option|choice|letter|answer|most|likely|probably|clearly|then|"
           r"definitely|certainly|thus|therefore|so|indeed|simply|obviously|actually|correct|right|"
           r"best|one|statement|number|labell?ed|i|think|believe|it|is|be|would|must)\b)*\Z")
 CLAIM = re.compile(
-    r"\b(?:(?:answer|ans|option|choice|selection|solution|response)\b(?:"
+    r"\b(?:(?:answer|ans|option|choice|selection|solution|response|correction)\b(?:"
     r"(?:(?!\b(?:not|never|cannot|options|choices)\b|n't\b|[.!?;\n]).){0,48}?\b(?:is|be)\b|"
-    r"(?:[ (]\w+\)?){0,3}?(?:\s?[:=>]|\.\s|\s-+\s))|"
-    rf"(?:correct|right|best)(?:\s\w+){{0,3}}?\s?(?:\b(?:is|be)\b|:)){FILLER}", re.I)
+    r"(?:[ (](?![A-E]\b)\w+\)?){0,3}?(?:\s?[:=>]|\s-+\s)|\.\s)|"
+    r"(?<!\b[A-E] is )(?:correct|right|best)(?:\s\w+){0,3}?\s?(?:\b(?:is|be)\b|:))" + FILLER, re.I)
 PICK = re.compile(r"\b(?:pick(?:ed)?|choose|chose|choosing|select(?:ed)?|go(?:ing)? with|went with|"
                   rf"it is|it's|must be|would be|should be|that's|say|guess)\b{FILLER}", re.I)
 HINT = re.compile(rf"(?:\b(?:option|choice|letter|answer|so|thus|therefore|hence|leaving|leaves)\b"
                   rf"|>|=){FILLER}", re.I)
+AGAIN = re.compile(rf"\b(?:actually|wait|no|sorry),(?: it's)?{FILLER}", re.I)
 DENIAL = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|unlike|eliminat\w+|exclud\w+|reject\w*|than|instead of|"
     r"rul\w+ out)\b|n't\b|\b(?:wrong|incorrect|false) (?:answer|option|choice|one)\b)"
@@ -133,11 +155,12 @@ PROVED = re.compile(
     r"(?:(?:the|to|be|only|also|indeed|most|\w+ly)\s+)*"
     r"(?:correct|right|true|best|better|likely|accurate|appropriate|answer)\b", re.I)
 DENIED = re.compile(
-    r"\)?\s*(?:[:-]?\s*(?:wrong|incorrect|false)\b|(?:is|are|was|can|could|does|do|would|has|seems?"
+    r"\)?\s*(?:[:?-]?\s*(?:wrong|incorrect|false|no)\b|(?:is|are|was|can|could|does|do|would|has|seems?"
     r"|looks?|must|may|be)\b(?:\s+\w+){0,2}?\s+(?:not|wrong|incorrect|false|eliminated|excluded|"
     r"unlikely|irrelevant|ruled)\b|(?:cannot|\w+n't)\b)", re.I)
 ALONE = re.compile(r"[)'.:!]*[ \t]*(?:\n|\Z)")
-ENDED = re.compile(r"[)'>]*(?:[.,;:!?)]|\s*(?:\Z|\n|-)|\s+(?:because|since|as)\b)", re.I)
+ENDED = re.compile(r"[)'>]*(?:[.,;:!?)]|\s*(?:\Z|\n|-|\((?:all|both|none)\b)"
+                   r"|\s+(?:because|since|as|for sure|it is)\b)", re.I)
 FREE = re.compile(rf"{ENDED.pattern}|[)'>]*\s+(?:and|but|is|was|seems|looks|would|can|does|has|"
                   r"makes|fits|works|matches|remains)\b", re.I)
 
@@ -145,13 +168,13 @@ SENTENCE = re.compile(r"[^.\n]*")
 SAID = re.compile(r"\b(?:answer|choice|option)(?:\s+is|\s*:|)\s*([^\n]+)", re.I)
 
 
+@of_own_turn
 def read_letter(text: str, texts: list[str]) -> tuple[int | None, str]:
     """(index of the choice, what it was read from): the last of the letters that are named most
     plainly. `texts` are the choices'; letters beyond them are none.
 
     Every letter is treated alike: what is asked of A and a, which are words too, is asked of all.
     """
-    text = own_turn(text)[-LONGEST:]
     if (asked := ASKED.search(text, max(0, len(text) - 50))) and asked[1] in LETTERS[:len(texts)]:
         return LETTERS.index(asked[1]), HOW[0]
     text = undressed(text)
@@ -173,10 +196,10 @@ def read_letter(text: str, texts: list[str]) -> tuple[int | None, str]:
 def undressed(text: str) -> str:
     """The text without markup. A box or tag that marks the answer says "answer:" instead."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = GLUED.sub(" ", unicodedata.normalize("NFKC", text))
     if "\\" in text:
         text = TEX.sub(lambda m: " answer: " if m[1] else " ", text)
-    if "</" in text:
+    if "</" in text or "[/" in text:
         text = TAG.sub(lambda m: {None: "", "": " answer: ", "/": "\n"}[m[1]], text)
     return text.translate(UNDRESSED)
 
@@ -194,7 +217,9 @@ def mentions(text: str, letters: str, start: int) -> list[re.Match]:
             rows[-1][1] += joint[2]
         else:
             rows.append([[m], ""])
-    return [m for row, word in rows if not word and len(row) < 3 for m in row]
+    return [m for row, word in rows if not word and (len(row) < 2 or len(row) < 3 and not (
+        ALONE.match(text, row[1].end())  # "answer: A, B" gives two
+        and CLAIM.search(text, max(0, row[0].start() - 80), row[0].start()))) for m in row]
 
 
 def standing(text: str, m: re.Match, texts: list[str]) -> int | None:
@@ -209,7 +234,7 @@ def standing(text: str, m: re.Match, texts: list[str]) -> int | None:
             said = choice_of(SENTENCE.match(text, start)[0], texts)
             return 0 if said in (None, LETTERS.index(m[0].upper())) else None
         return 0
-    if PROVED.match(text, end):
+    if PROVED.match(text, end) or ENDED.match(text, end) and AGAIN.search(text, near, start):
         return 0
     opens = OPENS.search(text, max(0, start - 9), start)
     if opens and ALONE.match(text, end):
@@ -256,7 +281,7 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
     else such code between prose; else a body, which continues the prompt. What it uses of other
     blocks' definitions comes along.
     """
-    text = after_thinking(text)
+    text = answered(text)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if text[:1].isspace() and not re.search(r"\n\S|```|~~~", text):

@@ -239,7 +239,50 @@ A Answer A
 B answer b
 D answer (d)
 B Answer B because
-B Answer A is wrong. Answer B is right."""
+B Answer A is wrong. Answer B is right.
+C The answer is C. A only reflects light.
+C The answer is C: A is too dark.
+C The answer is C = A plus light.
+C The answer is C - A reflects light.
+B The answer is B gravity. A ball falls down.
+B The correct answer is B) evaporation. A) condensation is the opposite.
+C The correct option is C - A reflects light.
+C The correct answer is C. D lets light through.
+C The best option is C. D transmits light.
+C My choice is C. B: mirror.
+C The solution is C. A: the Moon.
+C Option C. A reflects.
+C C is correct: A reflects.
+B The answer is A. Actually, B.
+C The answer is A. No, it's C.
+C The answer is C. Actually, A only reflects.
+D The answer is A. Wait, no, the answer is D.
+B Answer: A⏎⏎Correction: B
+B B<|im_end|>
+B B<|eot_id|><|start_header_id|>user<|end_header_id|>Why not A?
+B The answer is B.</s>
+B b<|endoftext|>A
+B B<｜end▁of▁sentence｜>
+B B⏎<end_of_turn>⏎<start_of_turn>user⏎A
+B <s>A</s> B
+C The answer is C.⏎⏎Q: Which is bright?⏎A: The answer is A.
+C C⏎**Question:** Which is bright?⏎Answer: A
+C C⏎### Human: And which is bright?⏎### Assistant: A
+C C⏎User: And which is bright?⏎Assistant: A
+C Sure!⏎Question: Which is bright?⏎Answer: C
+C C for sure.
+C C it is.
+B | B |
+D D (all of the above)
+B [ANSWER] B [/ANSWER]
+B <final_answer>B</final_answer>
+C A? No. B? No. C? Yes.
+- Answer: A, B
+- The answer is A, B.
+B It's not A, B.
+A 答案为A。
+B 选B
+C 正解はC"""
 READ = [(line[0], line[2:].replace("⏎", "\n")) for line in READ.strip().splitlines()]
 
 
