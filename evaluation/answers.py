@@ -57,10 +57,11 @@ def of_own_turn(read):
 
 ASCII = FULL_WIDTH | DASHES | SPACES | UNSEEN
 THIN = re.compile(rf"(?<=\d)[{''.join(map(chr, SPACES))}](?=\d{{3}}(?!\d))")
-TEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|\\[,;:! ])(?=\d{3})")
+TEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|~|,?\\[,;:! ])(?=\d{3})")
+POWER = re.compile(r"(?<=[a-zA-Z}])\^\{?[23]\}?")  # of a unit
 CURRENCY = r"(?:\\?[$€£¥₹]\s?)?"
 GROUPED = r"\d{1,3}(?:,\d\d){0,4}(?:,\d{3})+(?!\d)"  # 1,234,567, and Indian 12,34,567
-VALUE = rf"(?:(?:{GROUPED}|\d+)(?:\.\d+)?|\.\d+)"
+VALUE = rf"(?:(?:{GROUPED}|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
 # A dash is a sign unless it joins: no negative number in 10-5, (10-30) or 3%-5%.
 NUMBER = re.compile(rf"(?:(?<![\w)\]%.])-)?{CURRENCY}(?:(?<=[$€£¥₹])-)?{VALUE}")
 DRESS = r"""(?:[\s*_`"'(\[{<=:≈~$€£¥₹]|\\[($\[]|\\(?!d?frac)[A-Za-z]+){0,60}"""
@@ -68,6 +69,22 @@ DRESSED = rf"{DRESS}((?:-\s?)?{CURRENCY}(?:\d{{1,3}}(?: \d{{3}})+(?!\d)(?:\.\d+)
 MARKED = re.compile(rf"####{DRESSED}")
 LABELLED = re.compile(rf"####[^\d\n]{{0,60}}?(?:\b(?:is|are|answer|equals)\b|[=:≈]){DRESSED}", re.I)
 BOXED = re.compile(rf"\\boxed\s?\{{{DRESSED}")
+# Behind a number: the rest of a sum, up to what it comes to.
+SUM = re.compile(r"[ *$]*(?:[a-zA-Z]+ )?(?:[-+*/x×÷]|\\(?:times|cdot|div))[ $\\(]*[\d.]"
+                 rf"(?:(?!\. )[^\n=}}]){{0,60}}(?:=(?:(?!\. )[^\n=}}]){{0,60}}){{0,4}}={DRESSED}")
+HEADING = re.compile(r"####[ *]*(\d+)[.)] *[^\W\d]")
+# In small letters. STATED: "the answer is N". ENDING: what may follow its unit, neither another
+# number, as in "5 more than 3" and "3, 4 or 5", nor at once the next step of a calculation.
+STATED = re.compile(rf"answer[\"'*_]*(?: (?:is|would be|=)|\s?[:=>])"
+                    rf"(?: (?:thus|therefore|then|indeed))?:?{DRESSED}")
+ENDING = re.compile(r"(?:[\s/]?(?:[a-z]+\b|\\?[%$°)\]])){0,4}"
+                    r"(?: (?:in|for|per|over|every|each) \d+ [a-z]+)?[*_`\"')\]}$]*"
+                    r"(?:[.!;]?[ \t]*(?:\n(?![^\n]*=)|\Z)|[.!;] (?!\$?\d[^\n]*=)|[ \t]*\("
+                    r"|,(?! ?(?:\d|or\b|and\b)))")
+DOUBT = re.compile(
+    r"\b(?:wait|actually|mistake|correct(?:ion|ed)|sorry|instead|however|wrong|should be)\b|\bno,"
+    r"|\b(?:so|therefore|thus|hence|total|altogether)\b(?=[^.\n]{0,80}\d)"
+    r"|\d[^.\n]{0,80}\b(?:total|altogether)\b")
 
 
 def number(text: str) -> Decimal | None:
@@ -82,6 +99,8 @@ def plain(text: str) -> str:
     """The text with ASCII's digits, dashes and spaces, and commas between thousands."""
     if not text.isascii():
         text = THIN.sub(",", text).translate(ASCII)
+    if "^" in text:
+        text = POWER.sub("", text)
     return TEX_COMMA.sub(",", text) if "\\" in text or "{" in text else text
 
 
@@ -91,16 +110,45 @@ def reference(answer: str) -> Decimal | None:
     return marked and number(marked[1])
 
 
+def result(m: re.Match) -> Decimal | None:
+    """The number that a match found, or what the sum that begins with it comes to."""
+    return number((SUM.match(m.string, m.end()) or m)[1])
+
+
+def marker(text: str) -> re.Match | None:
+    """The first number marked by ####. Where the first is a heading, "#### 1. Eggs", and others
+    follow, the first that is none.
+    """
+    first = MARKED.search(text)
+    if first and (m := HEADING.match(text, first.start())) and m[1] == "1" and (
+            others := [*MARKED.finditer(text, first.end())]):
+        return next((o for o in others if not HEADING.match(text, o.start())), None)
+    return first
+
+
+def stated(text: str) -> Decimal | None:
+    """The number that is last named as the answer, if nothing behind that may correct it."""
+    text = text.lower().replace("</answer>", "\n")
+    if said := STATED.match(text, max(0, text.rfind("answer"))):
+        end = (SUM.match(text, said.end()) or said).end()
+        if (ends := ENDING.match(text, end)) and not DOUBT.search(text, ends.end()):
+            return result(said)
+    return None
+
+
 @of_own_turn
 def read_number(text: str) -> tuple[Decimal | None, str]:
     """(value, what it was read from): the first number marked by ####, as in the official
-    extraction; without one the last that is boxed; without that the last of all.
+    extraction; without one the last that is boxed; without that the one that is last named as the
+    answer; else the last of all.
     """
     text = plain(text)
-    if "####" in text and (marked := MARKED.search(text) or LABELLED.search(text)):
-        return number(marked[1]), "marked"
-    if "\\boxed" in text and (boxed := BOXED.findall(text)):
-        return number(boxed[-1]), "boxed"
+    if "####" in text and (mark := marker(text) or LABELLED.search(text)):
+        return result(mark), "marked"
+    if "\\boxed" in text and (boxed := [*BOXED.finditer(text)]):
+        return result(boxed[-1]), "boxed"
+    if (said := stated(text)) is not None:
+        return said, "named"
     last = next((i for i in range(len(text) - 1, -1, -1) if text[i].isdecimal()), None)
     if last is None:
         return None, "no number"
@@ -118,7 +166,8 @@ TEX = re.compile(r"\\(?:(boxed|fbox)\b|[A-Za-z]+|.)")
 TAG = re.compile(r"</?(?:b|i|strong|em)>|[<\[](/?)(?:final_)?ans(?:wer)?[>\]]", re.I)
 GLUED = re.compile("(?<=[\u3040-\u9fff\uac00-\ud7a3])(?=[A-E](?![A-Za-z]))")  # as in 选B
 UNDRESSED = DASHES | UNSEEN | {ord(old): new for olds, new in (
-    ('*_`"“”„«»$#{}', None), ("’‘", "'"), ("|", " "), ("。", "."), ("[【〔「『", "("), ("]】〕」』", ")")) for old in olds}
+    ('*_`"“”„«»$#{}', None), ("’‘", "'"), ("|", " "), ("。", "."), ("[【〔「『", "("),
+    ("]】〕」』", ")")) for old in olds}
 # A letter by itself, no part of vitamin-C, A-frame, °C, B.C., e.g. or B's. A small one, which may
 # be a word, only where something ends it.
 MENTION = re.compile(r"(?<![\w\-°.])(?<!\w')(?:[A-E]|[a-e](?=[).:,;!?']|\s*(?:\Z|\n|-\s)"

@@ -376,13 +376,31 @@ NUMBERS = [  # (what the reader shall find, in which texts)
      "a range of 10-42", "a range of (10–42)", "50 = 92-42", "92 - 42", "so 42 km²", "42 m³", "$42",
      "The answer is 42.\n\nQuestion: What is 3 + 4?\nAnswer: 7",
      "<think>#### 41</think>#### 42", "41</think>42", "<thinking>41</thinking>42",
-     "[THINK]41[/THINK]42"),
+     "[THINK]41[/THINK]42", "42<|im_end|>\n<|im_start|>user\n3 + 4?", "#### 42</s>",
+     "42\n\nQ: What is 3 + 4?\nA: 7", "So 42.\n\nHuman: 3 + 4?\n\nAssistant: 7",
+     "42\n**Question 2:** 3 + 4?", "Sure!\nQuestion: 40 + 2?\nAnswer: 42",
+     "The answer is 42.\n\nLet's check: 42 - 2 = 40. Correct.", "The answer is 42, not 41.",
+     "The answer is: 42 clips in 2 months.", "Final Answer: **42**\n\nExplanation: 40 + 2.",
+     "**Answer**: $42 a day for 7 days", "The answer is 42 (40 of them red).",
+     "The answer is thus 42, since 84/2.", "The answer is 40 + 2 = 42. It took 1 step.",
+     "<answer>42</answer> in 7 days", '{"answer": 42, "days": 7}',
+     "The answer is 41. Wait, it is 42.", "The answer is 41.\n\nCorrection: 42",
+     "The answer is 41.\nI forgot one, so there are 42.", "The answer is 41.\nThe answer is 42.",
+     "Answer: 41 in May.\n41 + 1 = 42", "Answer: 41 in May. 41 + 1 = 42", "Answer: 2 times 21 is 42",
+     "The answer is 40 plus 2, which is 42.", "The answer is 2 more than 40, 42",
+     "The answer is not 41 but 42.", "The answer is 40-42", "Answer: 41 or 42",
+     "Answer: 41 in May.\n\nIn total, 42.", "#### 40 + 2 = 42", "#### 84/2 = $42 in 7 days",
+     "#### 6 bags * $7 = $42", "#### 50-8=6*7=42", "#### <<6*7=42>>42", "\\boxed{6 \\times 7 = 42}",
+     "\\boxed{40 + 2 = 42} of 50", "#### 42*2", "#### 42 - 3. So x = 5", "#### 42 (6 * 7 = 42)",
+     "#### 1. Compute\n40 + 2\n\n#### 42", "#### 1) Eggs\n40\n#### 2) Money\n42",
+     "#### 42. So it is.\n#### 5", "Rs.42", "It is 42 m^2.", "42 \\text{cm}^{2}"),
     ("-5", "#### -5", "#### −5", "#### –5", "#### - 5", "#### -$5", "#### $-5", "#### $-5$",
      "#### −$5.00", "The answer is −5.", "It is \u20115", "x=-5", "(-5)", "\\boxed{-5}",
      "fell to -5 °C"),
     ("1234", "#### 1,234", "#### 1 234", "#### 1\u2009234", "#### 1\u202f234 km",
      "It is 1\u00a0234.",
-     "\\boxed{1{,}234}", "\\boxed{1\\,234}", "#### $1,234.00", "#### 1，234", "all 1,234 of them"),
+     "\\boxed{1{,}234}", "\\boxed{1\\,234}", "\\boxed{1,\\!234}", "$\\boxed{1~234}$",
+     "\\(1{,}234\\)", "The answer is 1,\\!234.", "#### $1,234.00", "#### 1，234", "all 1,234 of them"),
     ("1234567", "#### 1,234,567", "#### 1 234 567", "#### 12,34,567", "1\u2009234\u2009567"),
     ("0.5", "#### .5", "#### 0.5", "#### 0.50 or so", "$.50"),
     (None, "", "####", "#### none", "Infinity", "<think>#### 42", "²", "one half", "<think>", "-"),
@@ -399,7 +417,8 @@ def test_numbers_are_read_as_a_person_reads_them():
 
 def test_a_number_says_what_it_was_read_from():
     for text, how in (("#### 1", "marked"), ("#### N = 1", "marked"), ("\\boxed{1} 2", "boxed"),
-                      ("It is 1", "last number"), ("one", "no number")):
+                      ("It is 1", "last number"),
+                      ("The answer is 1. I am 2", "named"), ("one", "no number")):
         assert read_number(text)[1] == how
 
 
