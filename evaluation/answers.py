@@ -315,6 +315,10 @@ FENCE = re.compile(r"([ \t]*)(.*?)((?<!`)`{3,}(?!`)|(?<!~)~{3,}(?!~))[ \t]*([^`]
 LANGUAGE = re.compile(r"[\w{][\w{}.+#=-]*")
 CONSOLE = re.compile(r"^(?:>>>|\.\.\.)(?: (.*)|)$", re.M)
 UNINDENTED = re.compile(r"^\S", re.M)
+AROUND = re.compile(r"^> ?|</?(?:pre|code)\b[^>]*>", re.M)  # a quote's signs, HTML's tags
+INDENT = re.compile(r"^(?: {4}|\t)", re.M)
+TOP = re.compile(r"^(?:async |def |class )", re.M)
+WRONG = re.compile(r"\s*#\W*(?:wrong|incorrect|buggy|bad|avoid|don't|do not)\b", re.I)
 RETURNS = re.compile(r"^[ \t]*(?:return|yield|raise)\b.*\n?", re.M)
 # Where a statement can begin.
 STATEMENT = re.compile(r"^(?=[^\s#)\]}])(?!(?:else|elif|except|finally)\b)", re.M)
@@ -333,24 +337,49 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
     text = answered(text)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    defines = definition(entry_point).search
+    if entry_point in text and not defines(text):
+        text = bared(text, defines)
     if text[:1].isspace() and not re.search(r"\n\S|```|~~~", text):
         return prompt + text
     head = head_of(prompt, entry_point)
-    defines = definition(entry_point).search
     found, outside, closed = blocks(text)
-    if whole := [code for code in map(flush, found) if defines(code)]:
+    if (turn := NEXT.split(text, 1)[0]) != text and turn.strip():
+        own = blocks(turn)  # without what stands behind a next question, if this is an answer
+        if own[2] and any(map(defines, [own[1], *map(flush, own[0])])) or compiles(prompt + turn):
+            found, outside, closed = own
+    flushed = [*map(flush, found)]
+    whole = [code for code in flushed if defines(code)]
+    bodies = [b for b, code in zip(found, flushed) if (b[:1].isspace() or RETURNS.search(b))
+              and not defines(code) and not binds(code, entry_point)]
+    if whole and not (bodies and all(hollow(code, entry_point) for code in whole)):
         code = whole[0] if len(whole) == 1 else last_draft(whole, entry_point)
         source = joined(head, code if closed or compiles(code) else statements(code))
     elif defines(outside) and not (outside.lstrip("\n")[:1].isspace()
                                    and compiles(prompt + outside)):
         source = joined(head, outside if compiles(head + outside) else statements(outside))
-    elif outside.lstrip("\n")[:1].isspace() or not (
-            bodies := [b for b in found if b[:1].isspace() or RETURNS.search(b)]):
+    elif outside.lstrip("\n")[:1].isspace():
         source = continued(prompt, outside)
-    else:
+    elif bodies:
         sources = [continued(prompt, body) for body in reversed(bodies)]
         source = next(filter(compiles, sources), sources[0])
+    elif others := [code for code in flushed if binds(code, entry_point)]:
+        source = joined(head, others[-1])
+    else:
+        source = continued(prompt, outside)
     return joined(borrowed(source, found), source) if len(found) > 1 else source
+
+
+def bared(text: str, defines) -> str:
+    """The text without a quote's signs, HTML's tags or the indentation that Markdown has for code,
+    if it `defines` something only so.
+    """
+    bare = AROUND.sub("", text)
+    if not ("```" in bare or "~~~" in bare or TOP.search(bare)):
+        level = INDENT.sub("", bare)
+        if defines(level) and (not text[:1].isspace() or compiles(level)):  # else a body's function
+            return level
+    return bare if defines(bare) else text
 
 
 @functools.lru_cache(256)
@@ -410,15 +439,22 @@ def flush(code: str) -> str:
 
 
 def last_draft(drafts: list[str], name: str) -> str:
-    """The last of several that is Python and more than the function's head and docstring."""
-    for code in reversed(drafts):
-        if t := tree(code):
-            bodies = [f.body for f in t.body if isinstance(f, FUNCTION) and f.name == name]
-            if not bodies or any(not isinstance(s, (ast.Pass, ast.Raise)) and not (
-                    isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
-                    for s in bodies[-1]):
-                return code
-    return drafts[-1]
+    """The last of several that is Python and more than the function's head and docstring, without
+    those that are shown as wrong or give the name to what a call returns, as a test may.
+    """
+    proper = re.compile(rf"{definition(name).pattern}(?! *[\w.]+\()", re.M).search
+    drafts = [code for code in drafts if proper(code) and not WRONG.match(code)] or drafts
+    return next((code for code in reversed(drafts) if tree(code) and not hollow(code, name)),
+                drafts[-1])
+
+
+def hollow(code: str, name: str) -> bool:
+    """Whether a block has the function's head, but no body yet."""
+    t = tree(code) or tree(code.rstrip() + "\n    pass")
+    bodies = [f.body for f in t.body if isinstance(f, FUNCTION) and f.name == name] if t else ()
+    return bool(bodies) and all(
+        isinstance(s, (ast.Pass, ast.Raise, ast.Import, ast.ImportFrom))
+        or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) for s in bodies[-1])
 
 
 def joined(head: str, code: str) -> str:
@@ -486,6 +522,13 @@ def borrowed(source: str, found: list[str]) -> str:
     return "".join(text for s, text in others if s in taken)
 
 
+def binds(code: str, name: str) -> bool:
+    """Whether a module has the name after it ran, also by an import or an assignment to several."""
+    t = tree(code) if name in code else None
+    return bool(t) and any(name in ({s.name} if isinstance(s, FUNCTION) else bound(s))
+                           for s in t.body)
+
+
 def used(node) -> set[str]:
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)
             and isinstance(n.ctx, ast.Load)}
@@ -511,9 +554,9 @@ def tree(source: str) -> ast.Module | None:
 
 @functools.lru_cache(4)
 def compiles(source: str) -> bool:
-    """Whether a source is a module. "Done" and "Note: simple" are, too, but taken for prose."""
+    """Whether a source is a module. "Done", "[DONE]" and "Note: x" are, but taken for prose."""
     if not (t := tree(source)) or any(
-            isinstance(s, ast.Expr) and isinstance(s.value, ast.Name) or
+            isinstance(s, ast.Expr) and isinstance(s.value, (ast.Name, ast.List)) or
             isinstance(s, ast.AnnAssign) and s.value is None for s in t.body):
         return False
     try:

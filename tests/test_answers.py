@@ -386,7 +386,8 @@ NUMBERS = [  # (what the reader shall find, in which texts)
      "<answer>42</answer> in 7 days", '{"answer": 42, "days": 7}',
      "The answer is 41. Wait, it is 42.", "The answer is 41.\n\nCorrection: 42",
      "The answer is 41.\nI forgot one, so there are 42.", "The answer is 41.\nThe answer is 42.",
-     "Answer: 41 in May.\n41 + 1 = 42", "Answer: 41 in May. 41 + 1 = 42", "Answer: 2 times 21 is 42",
+     "Answer: 41 in May.\n41 + 1 = 42", "Answer: 41 in May. 41 + 1 = 42",
+     "Answer: 2 times 21 is 42",
      "The answer is 40 plus 2, which is 42.", "The answer is 2 more than 40, 42",
      "The answer is not 41 but 42.", "The answer is 40-42", "Answer: 41 or 42",
      "Answer: 41 in May.\n\nIn total, 42.", "#### 40 + 2 = 42", "#### 84/2 = $42 in 7 days",
@@ -400,7 +401,8 @@ NUMBERS = [  # (what the reader shall find, in which texts)
     ("1234", "#### 1,234", "#### 1 234", "#### 1\u2009234", "#### 1\u202f234 km",
      "It is 1\u00a0234.",
      "\\boxed{1{,}234}", "\\boxed{1\\,234}", "\\boxed{1,\\!234}", "$\\boxed{1~234}$",
-     "\\(1{,}234\\)", "The answer is 1,\\!234.", "#### $1,234.00", "#### 1，234", "all 1,234 of them"),
+     "\\(1{,}234\\)", "The answer is 1,\\!234.", "#### $1,234.00",
+     "#### 1，234", "all 1,234 of them"),
     ("1234567", "#### 1,234,567", "#### 1 234 567", "#### 12,34,567", "1\u2009234\u2009567"),
     ("0.5", "#### .5", "#### 0.5", "#### 0.50 or so", "$.50"),
     (None, "", "####", "#### none", "Infinity", "<think>#### 42", "²", "one half", "<think>", "-"),
@@ -636,6 +638,52 @@ PROGRAMS = [  # (case, the answer, whether the official check passes the code in
     ("helper decorated",
      py("import functools\n\n@functools.cache\ndef plus(a, b):\n    return a + b\n") +
      py("def add(x, y):\n    plus.cache_clear()\n    return plus(x, y)\n"), 1),
+    *((f"end {n} {end}", text + end, 1) for end in (
+        "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
+        "\n<end_of_turn>", "<｜end▁of▁sentence｜>",
+        "<|im_end|>\n<|im_start|>user\nNow wrong\n<|im_start|>assistant\n" + py(W))
+      for n, text in enumerate(s.rstrip() for s in (B, F, py(F), "```python\n" + F))),
+    ("end in a string", py("END = '</s>'\n" + F), 1),
+    ("thinking in a string", py("OPEN = '<think>'\n" + F), 1),
+    *((f"next {n} {ask}", f"{text}\n\n{ask} Now wrong.\n\nAnswer:\n{py(W)}", 1)
+      for ask in ("User:", "Human:", "Question:", "Q:", "**Question 2:**", "### Human:")
+      for n, text in enumerate((B, F, py(F)))),
+    ("next before", "Sure!\nQuestion: add two numbers.\n" + py(F), 1),
+    ("prompt and body", py(PROMPT) + "Body:\n" + py(B), 1),
+    ("prompt and body stripped", py(PROMPT) + "Body:\n" + py("return x + y\n"), 1),
+    ("head and body", py("def add(x: int, y: int) -> int:\n") + "and\n" + py(B), 1),
+    ("head, comment and body", py("def add(x, y):\n    # TODO\n") + "and\n" + py(B), 1),
+    ("import, head and body", py("import operator\n") + py("def add(x, y):\n    ...\n")
+     + py("    return operator.add(x, y)\n"), 1),
+    ("head alone", py("def add(x: int, y: int) -> int:\n"), 0),
+    ("usage with the name", py(F) + py("add = add(1, 2)\n"), 1),
+    ("mock after", py(F) + py("add = Mock()\nadd.return_value = 3\n"), 1),
+    ("cached later", py("import functools\n") + py(W) + py(F + "\nadd = functools.cache(add)\n"),
+     1),
+    ("result after", py(F) + py("result = add(1, 2)\n"), 1),
+    ("lambda after", py(W) + "Better:\n" + py("add = lambda x, y: x + y\n"), 1),
+    ("class called", py("class Adder:\n    def __call__(self, x, y):\n        return x + y\n\n"
+                        "add = Adder()\n"), 1),
+    ("shown as wrong", py(F) + py("# Wrong version:\n" + W), 1),
+    ("shown as wrong only", py("# wrong\n" + W), 0),
+    ("imported", py("from operator import add\n"), 1),
+    ("imported as", py("from operator import add as add\n"), 1),
+    ("imported wrongly", py("from operator import sub as add\n"), 0),
+    ("imported if there", py("try:\n    from operator import add\nexcept ImportError:\n"
+                             "    def add(x, y):\n        return x + y\n"), 1),
+    ("assigned with others", py("add, sub = (lambda x, y: x + y), None\n"), 1),
+    ("import in a test after", py(B) + py("from solution import add\nprint(add(1, 2))\n"), 1),
+    ("import in a test after 2", py(F) + py("from solution import add\nprint(add(1, 2))\n"), 1),
+    ("Markdown's code", "Here:\n\n" + indent(PROMPT + B, 4) + "\nDone.", 1),
+    ("Markdown's code alone", indent(F, 4), 1),
+    ("Markdown's code in tabs", "Here:\n\n\tdef add(x, y):\n\t\treturn x + y\n\nDone.", 1),
+    ("Markdown's code, nested", "Here:\n\ndef outer():\n" + indent(F, 4) + "\nDone.", 0),
+    ("quoted", "> Here:\n> " + py(F).replace("\n", "\n> "), 1),
+    ("quoted unfenced", "> " + F.replace("\n", "\n> "), 1),
+    ("HTML", "<p>Here:</p>\n<pre><code class='python'>" + F + "</code></pre>\nDone.", 1),
+    ("begin and done", "[BEGIN]\n" + F + "[DONE]\n", 1),
+    ("calls itself", "    if y == 0:\n        return x\n    return add(x + (y > 0) - (y < 0),"
+                     " y - (y > 0) + (y < 0))\n", 1),
     ("const recursion", py("K = add(1, 1)\n") + py(F), 1),
 ]
 
@@ -665,7 +713,7 @@ def test_programs_pass_as_the_official_check_has_it():
     got = official([(read_program(PROMPT, "add", text), TEST, "add") for _, text, _ in PROGRAMS])
     names = [name for name, *_ in PROGRAMS]
     assert dict(zip(names, got)) == {name: bool(right) for name, _, right in PROGRAMS}
-    assert len(set(names)) == len(names) and 0.1 < got.count(False) / len(got) < 0.3
+    assert len(set(names)) == len(names) and 0.05 < got.count(False) / len(got) < 0.3
 
 
 @pytest.mark.slow
