@@ -80,7 +80,7 @@ STATED = re.compile(rf"answer[\"'*_]*(?: (?:is|would be|=)|\s?[:=>])"
 ENDING = re.compile(r"(?:[\s/]?(?:[a-z]+\b|\\?[%$°)\]])){0,4}"
                     r"(?: (?:in|for|per|over|every|each) \d+ [a-z]+)?[*_`\"')\]}$]*"
                     r"(?:[.!;]?[ \t]*(?:\n(?![^\n]*=)|\Z)|[.!;] (?!\$?\d[^\n]*=)|[ \t]*\("
-                    r"|,(?! ?(?:\d|or\b|and\b)))")
+                    r"| (?:because|since|as)\b|,(?! ?(?:\d|(?:or|and|but)\b)))")
 DOUBT = re.compile(
     r"\b(?:wait|actually|mistake|correct(?:ion|ed)|sorry|instead|however|wrong|should be)\b|\bno,"
     r"|\b(?:so|therefore|thus|hence|total|altogether)\b(?=[^.\n]{0,80}\d)"
@@ -106,7 +106,7 @@ def plain(text: str) -> str:
 
 def reference(answer: str) -> Decimal | None:
     """The number marked in an answer of GSM8K's file, None if there is none."""
-    marked = MARKED.search(plain(answer))
+    marked = MARKED.search(plain(answer[max(0, answer.find("####")):]))
     return marked and number(marked[1])
 
 

@@ -389,6 +389,7 @@ NUMBERS = [  # (what the reader shall find, in which texts)
      "Answer: 41 in May.\n41 + 1 = 42", "Answer: 41 in May. 41 + 1 = 42",
      "Answer: 2 times 21 is 42",
      "The answer is 40 plus 2, which is 42.", "The answer is 2 more than 40, 42",
+     "The answer is 42 because 41 + 1 = 2 * 21", "The answer is 21, but twice that is 42.",
      "The answer is not 41 but 42.", "The answer is 40-42", "Answer: 41 or 42",
      "Answer: 41 in May.\n\nIn total, 42.", "#### 40 + 2 = 42", "#### 84/2 = $42 in 7 days",
      "#### 6 bags * $7 = $42", "#### 50-8=6*7=42", "#### <<6*7=42>>42", "\\boxed{6 \\times 7 = 42}",
