@@ -350,8 +350,8 @@ def read_program(prompt: str, entry_point: str, text: str) -> str:
             found, outside, closed = own
     flushed = [*map(flush, found)]
     whole = [code for code in flushed if defines(code)]
-    bodies = [b for b, code in zip(found, flushed) if (b[:1].isspace() or RETURNS.search(b))
-              and not defines(code) and not binds(code, entry_point)]
+    bodies = [b for b, code in zip(found, flushed)
+              if (b[:1].isspace() or RETURNS.search(b)) and not defines(code)]
     if whole and not (bodies and all(hollow(code, entry_point) for code in whole)):
         code = whole[0] if len(whole) == 1 else last_draft(whole, entry_point)
         source = joined(head, code if closed or compiles(code) else statements(code))

@@ -656,6 +656,11 @@ PROGRAMS = [  # (case, the answer, whether the official check passes the code in
     ("head, comment and body", py("def add(x, y):\n    # TODO\n") + "and\n" + py(B), 1),
     ("import, head and body", py("import operator\n") + py("def add(x, y):\n    ...\n")
      + py("    return operator.add(x, y)\n"), 1),
+    ("head with an import and body",
+     py("def add(x, y):\n    import math\n    'Add.'\n") + py(B), 1),
+    ("next in a docstring", py('def add(x, y):\n    """Add.\nQuestion: how?\n    """\n' + B), 1),
+    ("nested in body, other",
+     "    def add(a, b):\n        return a - b\n    return add(x, -y)\n", 1),
     ("head alone", py("def add(x: int, y: int) -> int:\n"), 0),
     ("usage with the name", py(F) + py("add = add(1, 2)\n"), 1),
     ("mock after", py(F) + py("add = Mock()\nadd.return_value = 3\n"), 1),
