@@ -239,7 +239,50 @@ A Answer A
 B answer b
 D answer (d)
 B Answer B because
-B Answer A is wrong. Answer B is right."""
+B Answer A is wrong. Answer B is right.
+C The answer is C. A only reflects light.
+C The answer is C: A is too dark.
+C The answer is C = A plus light.
+C The answer is C - A reflects light.
+B The answer is B gravity. A ball falls down.
+B The correct answer is B) evaporation. A) condensation is the opposite.
+C The correct option is C - A reflects light.
+C The correct answer is C. D lets light through.
+C The best option is C. D transmits light.
+C My choice is C. B: mirror.
+C The solution is C. A: the Moon.
+C Option C. A reflects.
+C C is correct: A reflects.
+B The answer is A. Actually, B.
+C The answer is A. No, it's C.
+C The answer is C. Actually, A only reflects.
+D The answer is A. Wait, no, the answer is D.
+B Answer: A⏎⏎Correction: B
+B B<|im_end|>
+B B<|eot_id|><|start_header_id|>user<|end_header_id|>Why not A?
+B The answer is B.</s>
+B b<|endoftext|>A
+B B<｜end▁of▁sentence｜>
+B B⏎<end_of_turn>⏎<start_of_turn>user⏎A
+B <s>A</s> B
+C The answer is C.⏎⏎Q: Which is bright?⏎A: The answer is A.
+C C⏎**Question:** Which is bright?⏎Answer: A
+C C⏎### Human: And which is bright?⏎### Assistant: A
+C C⏎User: And which is bright?⏎Assistant: A
+C Sure!⏎Question: Which is bright?⏎Answer: C
+C C for sure.
+C C it is.
+B | B |
+D D (all of the above)
+B [ANSWER] B [/ANSWER]
+B <final_answer>B</final_answer>
+C A? No. B? No. C? Yes.
+- Answer: A, B
+- The answer is A, B.
+B It's not A, B.
+A 答案为A。
+B 选B
+C 正解はC"""
 READ = [(line[0], line[2:].replace("⏎", "\n")) for line in READ.strip().splitlines()]
 
 
@@ -333,13 +376,34 @@ NUMBERS = [  # (what the reader shall find, in which texts)
      "a range of 10-42", "a range of (10–42)", "50 = 92-42", "92 - 42", "so 42 km²", "42 m³", "$42",
      "The answer is 42.\n\nQuestion: What is 3 + 4?\nAnswer: 7",
      "<think>#### 41</think>#### 42", "41</think>42", "<thinking>41</thinking>42",
-     "[THINK]41[/THINK]42"),
+     "[THINK]41[/THINK]42", "42<|im_end|>\n<|im_start|>user\n3 + 4?", "#### 42</s>",
+     "42\n\nQ: What is 3 + 4?\nA: 7", "So 42.\n\nHuman: 3 + 4?\n\nAssistant: 7",
+     "42\n**Question 2:** 3 + 4?", "Sure!\nQuestion: 40 + 2?\nAnswer: 42",
+     "The answer is 42.\n\nLet's check: 42 - 2 = 40. Correct.", "The answer is 42, not 41.",
+     "The answer is: 42 clips in 2 months.", "Final Answer: **42**\n\nExplanation: 40 + 2.",
+     "**Answer**: $42 a day for 7 days", "The answer is 42 (40 of them red).",
+     "The answer is thus 42, since 84/2.", "The answer is 40 + 2 = 42. It took 1 step.",
+     "<answer>42</answer> in 7 days", '{"answer": 42, "days": 7}',
+     "The answer is 41. Wait, it is 42.", "The answer is 41.\n\nCorrection: 42",
+     "The answer is 41.\nI forgot one, so there are 42.", "The answer is 41.\nThe answer is 42.",
+     "Answer: 41 in May.\n41 + 1 = 42", "Answer: 41 in May. 41 + 1 = 42",
+     "Answer: 2 times 21 is 42",
+     "The answer is 40 plus 2, which is 42.", "The answer is 2 more than 40, 42",
+     "The answer is 42 because 41 + 1 = 2 * 21", "The answer is 21, but twice that is 42.",
+     "The answer is not 41 but 42.", "The answer is 40-42", "Answer: 41 or 42",
+     "Answer: 41 in May.\n\nIn total, 42.", "#### 40 + 2 = 42", "#### 84/2 = $42 in 7 days",
+     "#### 6 bags * $7 = $42", "#### 50-8=6*7=42", "#### <<6*7=42>>42", "\\boxed{6 \\times 7 = 42}",
+     "\\boxed{40 + 2 = 42} of 50", "#### 42*2", "#### 42 - 3. So x = 5", "#### 42 (6 * 7 = 42)",
+     "#### 1. Compute\n40 + 2\n\n#### 42", "#### 1) Eggs\n40\n#### 2) Money\n42",
+     "#### 42. So it is.\n#### 5", "Rs.42", "It is 42 m^2.", "42 \\text{cm}^{2}"),
     ("-5", "#### -5", "#### −5", "#### –5", "#### - 5", "#### -$5", "#### $-5", "#### $-5$",
      "#### −$5.00", "The answer is −5.", "It is \u20115", "x=-5", "(-5)", "\\boxed{-5}",
      "fell to -5 °C"),
     ("1234", "#### 1,234", "#### 1 234", "#### 1\u2009234", "#### 1\u202f234 km",
      "It is 1\u00a0234.",
-     "\\boxed{1{,}234}", "\\boxed{1\\,234}", "#### $1,234.00", "#### 1，234", "all 1,234 of them"),
+     "\\boxed{1{,}234}", "\\boxed{1\\,234}", "\\boxed{1,\\!234}", "$\\boxed{1~234}$",
+     "\\(1{,}234\\)", "The answer is 1,\\!234.", "#### $1,234.00",
+     "#### 1，234", "all 1,234 of them"),
     ("1234567", "#### 1,234,567", "#### 1 234 567", "#### 12,34,567", "1\u2009234\u2009567"),
     ("0.5", "#### .5", "#### 0.5", "#### 0.50 or so", "$.50"),
     (None, "", "####", "#### none", "Infinity", "<think>#### 42", "²", "one half", "<think>", "-"),
@@ -356,7 +420,8 @@ def test_numbers_are_read_as_a_person_reads_them():
 
 def test_a_number_says_what_it_was_read_from():
     for text, how in (("#### 1", "marked"), ("#### N = 1", "marked"), ("\\boxed{1} 2", "boxed"),
-                      ("It is 1", "last number"), ("one", "no number")):
+                      ("It is 1", "last number"),
+                      ("The answer is 1. I am 2", "named"), ("one", "no number")):
         assert read_number(text)[1] == how
 
 
@@ -574,6 +639,57 @@ PROGRAMS = [  # (case, the answer, whether the official check passes the code in
     ("helper decorated",
      py("import functools\n\n@functools.cache\ndef plus(a, b):\n    return a + b\n") +
      py("def add(x, y):\n    plus.cache_clear()\n    return plus(x, y)\n"), 1),
+    *((f"end {n} {end}", text + end, 1) for end in (
+        "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
+        "\n<end_of_turn>", "<｜end▁of▁sentence｜>",
+        "<|im_end|>\n<|im_start|>user\nNow wrong\n<|im_start|>assistant\n" + py(W))
+      for n, text in enumerate(s.rstrip() for s in (B, F, py(F), "```python\n" + F))),
+    ("end in a string", py("END = '</s>'\n" + F), 1),
+    ("thinking in a string", py("OPEN = '<think>'\n" + F), 1),
+    *((f"next {n} {ask}", f"{text}\n\n{ask} Now wrong.\n\nAnswer:\n{py(W)}", 1)
+      for ask in ("User:", "Human:", "Question:", "Q:", "**Question 2:**", "### Human:")
+      for n, text in enumerate((B, F, py(F)))),
+    ("next before", "Sure!\nQuestion: add two numbers.\n" + py(F), 1),
+    ("prompt and body", py(PROMPT) + "Body:\n" + py(B), 1),
+    ("prompt and body stripped", py(PROMPT) + "Body:\n" + py("return x + y\n"), 1),
+    ("head and body", py("def add(x: int, y: int) -> int:\n") + "and\n" + py(B), 1),
+    ("head, comment and body", py("def add(x, y):\n    # TODO\n") + "and\n" + py(B), 1),
+    ("import, head and body", py("import operator\n") + py("def add(x, y):\n    ...\n")
+     + py("    return operator.add(x, y)\n"), 1),
+    ("head with an import and body",
+     py("def add(x, y):\n    import math\n    'Add.'\n") + py(B), 1),
+    ("next in a docstring", py('def add(x, y):\n    """Add.\nQuestion: how?\n    """\n' + B), 1),
+    ("nested in body, other",
+     "    def add(a, b):\n        return a - b\n    return add(x, -y)\n", 1),
+    ("head alone", py("def add(x: int, y: int) -> int:\n"), 0),
+    ("usage with the name", py(F) + py("add = add(1, 2)\n"), 1),
+    ("mock after", py(F) + py("add = Mock()\nadd.return_value = 3\n"), 1),
+    ("cached later", py("import functools\n") + py(W) + py(F + "\nadd = functools.cache(add)\n"),
+     1),
+    ("result after", py(F) + py("result = add(1, 2)\n"), 1),
+    ("lambda after", py(W) + "Better:\n" + py("add = lambda x, y: x + y\n"), 1),
+    ("class called", py("class Adder:\n    def __call__(self, x, y):\n        return x + y\n\n"
+                        "add = Adder()\n"), 1),
+    ("shown as wrong", py(F) + py("# Wrong version:\n" + W), 1),
+    ("shown as wrong only", py("# wrong\n" + W), 0),
+    ("imported", py("from operator import add\n"), 1),
+    ("imported as", py("from operator import add as add\n"), 1),
+    ("imported wrongly", py("from operator import sub as add\n"), 0),
+    ("imported if there", py("try:\n    from operator import add\nexcept ImportError:\n"
+                             "    def add(x, y):\n        return x + y\n"), 1),
+    ("assigned with others", py("add, sub = (lambda x, y: x + y), None\n"), 1),
+    ("import in a test after", py(B) + py("from solution import add\nprint(add(1, 2))\n"), 1),
+    ("import in a test after 2", py(F) + py("from solution import add\nprint(add(1, 2))\n"), 1),
+    ("Markdown's code", "Here:\n\n" + indent(PROMPT + B, 4) + "\nDone.", 1),
+    ("Markdown's code alone", indent(F, 4), 1),
+    ("Markdown's code in tabs", "Here:\n\n\tdef add(x, y):\n\t\treturn x + y\n\nDone.", 1),
+    ("Markdown's code, nested", "Here:\n\ndef outer():\n" + indent(F, 4) + "\nDone.", 0),
+    ("quoted", "> Here:\n> " + py(F).replace("\n", "\n> "), 1),
+    ("quoted unfenced", "> " + F.replace("\n", "\n> "), 1),
+    ("HTML", "<p>Here:</p>\n<pre><code class='python'>" + F + "</code></pre>\nDone.", 1),
+    ("begin and done", "[BEGIN]\n" + F + "[DONE]\n", 1),
+    ("calls itself", "    if y == 0:\n        return x\n    return add(x + (y > 0) - (y < 0),"
+                     " y - (y > 0) + (y < 0))\n", 1),
     ("const recursion", py("K = add(1, 1)\n") + py(F), 1),
 ]
 
@@ -603,7 +719,7 @@ def test_programs_pass_as_the_official_check_has_it():
     got = official([(read_program(PROMPT, "add", text), TEST, "add") for _, text, _ in PROGRAMS])
     names = [name for name, *_ in PROGRAMS]
     assert dict(zip(names, got)) == {name: bool(right) for name, _, right in PROGRAMS}
-    assert len(set(names)) == len(names) and 0.1 < got.count(False) / len(got) < 0.3
+    assert len(set(names)) == len(names) and 0.05 < got.count(False) / len(got) < 0.3
 
 
 @pytest.mark.slow

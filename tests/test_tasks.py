@@ -36,7 +36,7 @@ GSM = {"question": "q", "answer": "so\n#### 1,200", "id": "x"}
     ("#### $1200.00\nQuestion", True, "marked"), ("#### 120", False, "marked"),
     ("#### 1200 apples, not 5", True, "marked"), ("#### 7\n#### 1200", False, "marked"),
     ("#### -1200", False, "marked"), ("####1200", True, "marked"),
-    ("The answer is 1,200.", True, "last number"), ("1200, no, 7", False, "last number"),
+    ("The answer is 1,200.", True, "named"), ("1200, no, 7", False, "last number"),
     ("3 * 400 = 1200", True, "last number"), ("He paid $1,200.", True, "last number"),
     ("between 3 and 1200.0", True, "last number"),
     ("####\nno idea", False, "no number"), ("", False, "no number"),
