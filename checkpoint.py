@@ -21,6 +21,7 @@ from common import (
     UserError,
     is_finite,
     open_weights,
+    present,
     read_bytes,
     read_json,
     read_text,
@@ -95,7 +96,8 @@ def read_config(checkpoint_dir) -> ModelConfig:
 def weight_files(checkpoint_dir) -> list[Path]:
     """The safetensors files of a checkpoint directory; raises UserError if any is missing."""
     directory = Path(checkpoint_dir)
-    refuse((not directory.is_dir(), f"checkpoint directory {directory} does not exist"),
+    refuse((not directory.is_dir(), f"checkpoint directory {directory} "
+            f"{'is a file' if directory.exists() else 'does not exist'}"),
            ((directory / "adapter_config.json").exists(),
             f"{directory} holds a PEFT adapter (adapter_config.json), not a model; merge it into "
             "its base model first: merge_and_unload() and save_pretrained() of peft"))
@@ -191,21 +193,36 @@ def check_finite(checkpoint_dir, name: str, tensor: Tensor):
             "fetch the checkpoint again"))
 
 
+def slices(checkpoint_dir) -> dict:
+    """{name: slice} of every tensor of a checkpoint; nothing is read yet."""
+    found = {}
+    for path in weight_files(checkpoint_dir):
+        file = open_weights(path)
+        for name in file.keys():
+            refuse((name in found, f"{path}: weight {name} is in another file too; fetch the "
+                    "checkpoint again"))
+            found[name] = file.get_slice(name)
+    return found
+
+
+def check_plain(checkpoint_dir, name: str, kind: str):
+    """Refuse a dtype that means nothing by itself, such as an integer without scales."""
+    refuse((kind == "F64", f"{checkpoint_dir}: weight {name} is float64, which is not read; save "
+            "the model as float32 or bfloat16"),
+           (kind not in PLAIN, f"{checkpoint_dir}: weight {name} is {kind}; take the checkpoint "
+            "that is not quantized"))
+
+
 def open_tensors(checkpoint_dir, expected: dict, ignored=lambda name: False) -> dict:
     """Open the tensors `expected`, {name: shape}, of a checkpoint that is not quantized.
 
     Returns {name: slice} in the order of `expected`; nothing is read yet. Raises UserError if one
     is missing or has another shape, or if there are others that are not `ignored(name)`.
     """
-    tensors = {name: file.get_slice(name) for path in weight_files(checkpoint_dir)
-               for file in [open_weights(path)] for name in file.keys() if not ignored(name)}
+    tensors = {k: v for k, v in slices(checkpoint_dir).items() if not ignored(k)}
     check_names(checkpoint_dir, expected, set(tensors))
     for name, shape in expected.items():
-        kind = tensors[name].get_dtype()  # an integer means nothing without scales
-        refuse((kind == "F64", f"{checkpoint_dir}: weight {name} is float64, which is not read; "
-                "save the model as float32 or bfloat16"),
-               (kind not in PLAIN, f"{checkpoint_dir}: weight {name} is {kind}; take the "
-                "checkpoint that is not quantized"))
+        check_plain(checkpoint_dir, name, tensors[name].get_dtype())
         check_shape(checkpoint_dir, name, tensors[name].get_shape(), shape)
     return {name: tensors[name] for name in expected}
 
@@ -235,20 +252,22 @@ def load(checkpoint_dir, device="cpu", dtype=torch.bfloat16, build=Transformer,
         model = build(config)
     quantized = dict(model.named_buffers())  # these keep the dtype that they have in the file
     expected = dict(model.named_parameters()) | quantized
-    found = {name for path in files for name in open_weights(path).keys()}
-    check_names(checkpoint_dir, expected, found)
+    check_names(checkpoint_dir, expected, set(slices(checkpoint_dir)))
     weights = {}
     for path in files:
         with open_weights(path, device) as file:
             for name in file.keys():
+                kind = file.get_slice(name).get_dtype()
+                if name not in quantized:
+                    check_plain(checkpoint_dir, name, kind)
+                elif kind != (says := FORMATS[quantized[name].dtype]):
+                    raise UserError(f"{checkpoint_dir}: weight {name} is {kind}, config.json says "
+                                    f"{says}; quantize again")
                 tensor = read(file, name)
                 tensor = weights[name] = tensor if name in quantized else tensor.to(dtype)
                 check_finite(checkpoint_dir, name, tensor)
     for name, tensor in weights.items():
         check_shape(checkpoint_dir, name, tensor.shape, expected[name].shape)
-        if name in quantized and tensor.dtype != quantized[name].dtype:
-            raise UserError(f"{checkpoint_dir}: weight {name} is {tensor.dtype}, config.json says "
-                            f"{quantized[name].dtype}; quantize again")
     # strict=False: tied weights have one name here; the names were checked above.
     model.load_state_dict(weights, assign=True, strict=False)
     if model.config.tied:
@@ -265,14 +284,14 @@ def fingerprint(checkpoint_dir) -> str:
     milliseconds at any size, and a float32 copy of a bfloat16 checkpoint has the same fingerprint.
     """
     digest = {}
-    for path in weight_files(checkpoint_dir):
-        with open_weights(path) as file:
-            for name in file.keys():
-                tensor = file.get_slice(name)
-                n = tensor.get_shape()[0]
-                sample = torch.stack([tensor[i:i + 1].flatten()[:256] for i in (0, n // 2, n - 1)])
-                data = sample.to(torch.bfloat16).view(torch.uint8).flatten().tolist()
-                digest[name] = f"{name} {tensor.get_shape()} ".encode() + bytes(data)
+    for name, tensor in slices(checkpoint_dir).items():
+        shape, kind = tensor.get_shape(), tensor.get_dtype()
+        refuse((kind not in FORMATS.values() or 0 in (shape or [0]), f"{checkpoint_dir}: weight "
+                f"{name} is {kind} {shape}, as none of a model's weights is"))
+        sample = torch.stack([tensor[i:i + 1].flatten()[:256]
+                              for i in (0, shape[0] // 2, shape[0] - 1)])
+        data = sample.to(torch.bfloat16).view(torch.uint8).flatten().tolist()
+        digest[name] = f"{name} {shape} ".encode() + bytes(data)
     return hashlib.sha256(b"".join(digest[name] for name in sorted(digest))).hexdigest()[:16]
 
 
@@ -346,7 +365,7 @@ def write_weights(planned: dict[str, Planned], out: Path, shard_bytes=SHARD_BYTE
 def copied(source: Path) -> dict[str, bytes]:
     """{name: content} of the files of COPIED that a directory has; raises UserError for a bad one.
     """
-    there = [source / name for name in COPIED if (source / name).exists()]
+    there = [source / name for name in COPIED if present(source / name)]
     for path in there:
         (read_json if path.suffix == ".json" else read_text)(path)
     return {path.name: read_bytes(path) for path in there}

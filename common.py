@@ -4,6 +4,7 @@ safetensors files. Imports none of our other files.
 import argparse
 import contextlib
 import errno
+import fnmatch
 import gzip
 import hashlib
 import json
@@ -14,12 +15,18 @@ import shutil
 import signal
 import stat
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed run left stays there
+    fcntl = None
 
 GZIP = b"\x1f\x8b"  # how such a file begins
 DEEPEST = 200  # levels of nested JSON: well below what Python's own stack allows anywhere
@@ -120,12 +127,14 @@ def by_torchrun() -> bool:
     what it sets is there.
     """
     said = {name: os.environ.get(name) for name in (
-        "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")}
+        "WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")}
     if said["WORLD_SIZE"] in (None, "1") and said["RANK"] in (None, "0"):
         return False
-    bad = next((name for name, value in said.items() if not (value or "").isdecimal()), None)
-    refuse((bad, f"the environment has WORLD_SIZE={said['WORLD_SIZE']} and RANK={said['RANK']}, "
-            f"but {bad}={said.get(bad)}: start with torchrun, or unset them"))
+    bad = next((name for name, value in said.items()
+                if not value or name != "MASTER_ADDR" and not value.isdecimal()), None)
+    there = ", ".join(f"{name}={value}" for name, value in said.items() if value is not None)
+    refuse((bad, f"the environment has {there}, and {bad} is not as torchrun sets it: start with "
+            "torchrun, or unset them"))
     return True
 
 
@@ -133,6 +142,8 @@ def user_error(error: BaseException) -> str:
     """What to say of an error that is the user's; raises any other."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, MemoryError):
+        return "the memory does not suffice for this input"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror or error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG,
@@ -189,7 +200,19 @@ def refuse(*cases: tuple[object, str]):
 # ---------------------------------------------------------------- writing
 
 CHECKPOINT_FILES = ("model*.safetensors*", "config.json", "generation_config.json", "tokenizer*",
-                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+                    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+                    "original/tokenizer.model")
+
+
+def belongs(path: Path, directory: Path) -> bool:
+    """Whether a path is one of a checkpoint directory's files: by name, or its index's word."""
+    inside, home = os.path.realpath(path), os.path.realpath(directory)
+    name = os.path.relpath(inside, home)
+    if name.startswith(".."):
+        return False
+    index = os.path.join(home, "model.safetensors.index.json")
+    return any(fnmatch.fnmatch(name, pattern) for pattern in CHECKPOINT_FILES) or (
+        os.path.isfile(index) and json.dumps(name) in Path(index).read_text(errors="replace"))
 
 
 def check_writable(path):
@@ -213,11 +236,16 @@ def check_writable(path):
 def check_apart(writes: dict[str, Path | None], reads: dict[str, Path | None]):
     """Refuse outputs that are one file with each other or with an input, {flag: path or None}.
 
-    Of an input that is a checkpoint directory its own files count. Links are followed.
+    Of an input that is a checkpoint directory its own files count, there or not. Links are
+    followed.
     """
     inputs = [(flag, path) for flag, path in reads.items() if path and not path.is_dir()]
-    inputs += [(f"a file of {flag}", file) for flag, path in reads.items() if path and path.is_dir()
-               for name in CHECKPOINT_FILES for file in path.glob(name)]
+    for flag, directory in reads.items():
+        if directory and directory.is_dir():
+            inputs += [(f"a file of {flag}", path) for path in writes.values()
+                       if path and belongs(path, directory)]
+            inputs += [(f"a file of {flag}", file) for name in CHECKPOINT_FILES
+                       for file in directory.glob(name)]
     outputs = [(flag, path) for flag, path in writes.items() if path]
     for i, (flag, path) in enumerate(outputs):
         for other, file in outputs[:i] + inputs:
@@ -235,37 +263,57 @@ def replacing(path):
     """
     path = Path(path)
     check_writable(path)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        for left in path.parent.iterdir():
-            name = re.fullmatch(rf"\.{re.escape(path.name)}\.(\d+)\.tmp", left.name)
-            if name and not runs(int(name[1])):
-                remove(left)
-        yield tmp
-        os.replace(tmp, path)
+        with locked_directory(path.parent, f".{path.name[:40]}.tmp-") as directory:
+            tmp = Path(directory, path.name)
+            yield tmp
+            os.replace(tmp, path)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror or e}") from e
-    finally:
-        remove(tmp)
 
 
-def runs(pid: int) -> bool:
-    """Whether a process runs, as far as this system tells."""
+@contextlib.contextmanager
+def locked_directory(place, prefix: str, ours=lambda uid: uid == os.geteuid()):
+    """A new directory in `place`, locked by this process for as long as it lives, however it ends.
+
+    Those of this prefix whose owner is `ours` and does not live any more are removed first.
+    """
+    left = re.compile(re.escape(prefix) + r"\d+-[a-z0-9_]{8}")
+    with contextlib.suppress(PermissionError):  # one may write here and not read
+        for name in os.listdir(place) if fcntl else ():
+            if left.fullmatch(name):
+                remove_unlocked(os.path.join(place, name), ours)
+    directory = lock = None
+    while not (directory and os.path.exists(directory)):  # a run may remove it before the lock
+        directory = tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place)
+        with contextlib.suppress(OSError):  # a file system without locks
+            lock = lock_of(directory, fcntl.LOCK_EX) if fcntl else None
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        pass
-    return True
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
-def remove(path: Path):
-    """Remove a file or a directory, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def remove_unlocked(directory, ours):
+    """Remove the directory if it is ours and no living process holds its lock."""
+    with contextlib.suppress(OSError):
+        lock = lock_of(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if ours(os.fstat(lock).st_uid):
+            shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def lock_of(directory, how) -> int:
+    """A file descriptor that holds the lock. Raises OSError for what is no directory, or locked."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, how)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def make_directory(path):
@@ -293,7 +341,7 @@ def read_json(path, kinds=()) -> dict:
 
     Raises UserError naming the file.
     """
-    refuse((not os.path.exists(path), f"{path} does not exist"))
+    refuse((not present(path), f"{path} does not exist"))
     data = read_bytes(path)
     try:
         value = parse_json(data)
@@ -346,6 +394,13 @@ def depth(value) -> int:
     return deep
 
 
+def present(path) -> bool:
+    """Whether a file is there; a link that leads nowhere is refused, for it was meant to be."""
+    refuse((os.path.islink(path) and not os.path.exists(path),
+            f"{path} is a link to a file that is not there; fetch it again"))
+    return os.path.exists(path)
+
+
 def check_file(path):
     """Refuse a path of which reading may never end: a pipe, a device, a socket."""
     mode = Path(path).stat().st_mode
@@ -359,6 +414,8 @@ def read_bytes(path) -> bytes:
         return Path(path).read_bytes()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except MemoryError:
+        raise UserError(f"cannot read {path}: the memory does not suffice") from None
 
 
 def not_the_file(data: bytes) -> str | None:
@@ -377,7 +434,10 @@ def json_values(metadata: dict[str, str] | None, kinds: dict[str, "Kind"], where
     values = {}
     for key in kinds.keys() & (metadata or {}).keys():
         try:
-            values |= parse_json(f'{{"{key}": {metadata[key]}}}'.encode())
+            value = parse_json(f'{{"value": {metadata[key]}}}'.encode())
+            if len(value) > 1:
+                raise ValueError("it is more than one value")
+            values[key] = value["value"]
         except ValueError as e:
             raise UserError(f"{where}: its {key} cannot be read: {e}") from None
     check_kinds(values, kinds, where)
@@ -481,6 +541,8 @@ def json_lines(path, holding: str | None = None, torn=lambda tail: False,
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error):
             raise UserError(f"cannot read {path}: it is not whole gzipped text") from None
+        except MemoryError:
+            raise UserError(f"cannot read {path}: the memory does not suffice") from None
     lines, end = [], 0
     for number, raw in enumerate(data.split(b"\n"), 1):  # not splitlines, which cuts at U+2028 too
         start, end = end, end + len(raw) + 1
@@ -505,6 +567,7 @@ def open_weights(path, device="cpu"):
     """
     try:
         check_file(path)
+        refuse((Path(path).is_dir(), f"cannot read {path}: it is a directory"))
         return safe_open(path, framework="pt", device=str(device))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None

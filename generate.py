@@ -234,8 +234,6 @@ def check_args(args):
          "nothing to do: give --prompt or --interactive"),
         (args.prompt is not None and args.interactive,
          "--prompt and --interactive exclude each other"),
-        (args.interactive and sys.stdin is None and not job.rank(),
-         "--interactive reads standard input, which is closed; give --prompt"),
         (args.draft_dtype and not args.draft, "--draft_dtype requires --draft"),
         (judged and args.draft and not args.judge, f"--accept {args.accept} needs --judge FILE"),
         (args.judge and not args.draft,

@@ -198,10 +198,10 @@ class JudgeHead(nn.Module):
             head = cls(f.get_tensor("weight"), f.get_tensor("bias"), said["threshold"],
                        meta.get("target", ""), tuple(map(tuple, said.get("curve", ()))))
         advice = "train one for this target with train_judge.py"
-        refuse((head.weight.shape != (1, dim), f"judge {path} is for a target of width "
+        refuse((head.weight.shape[-1:] != (dim,), f"judge {path} is for a target of width "
                 f"{head.weight.numel()}, but {target_name} has width {dim}; {advice}"),
                (head.target not in (target, parent), f"judge {path} was trained on target "
                 f"{head.target}, but {target_name} is {target}; {advice}"),
-               (head.bias.shape != (1,) or not all(map(is_finite, head.parameters())),
-                f"judge {path} is damaged: it holds NaN or not one bias; {advice}"))
+               ((head.weight.shape, head.bias.shape) != ((1, dim), (1,))
+                or not all(map(is_finite, head.parameters())), f"{path} is damaged; {advice}"))
         return head

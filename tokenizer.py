@@ -8,6 +8,7 @@ id that no token has (checkpoints pad their embedding) is empty text.
 import contextlib
 import functools
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -22,6 +23,7 @@ from common import (
     check_kinds,
     list_of,
     not_the_file,
+    present,
     read_bytes,
     read_json,
     read_text,
@@ -50,7 +52,7 @@ EOS = dict(eos_token_id=ID | list_of(ID, "ids"), model_type=TEXT)
 
 
 def optional_json(path: Path, kinds=()) -> dict:
-    return read_json(path, kinds) if path.exists() else {}
+    return read_json(path, kinds) if present(path) else {}
 
 
 def declared(directory: Path) -> tuple[dict, dict[int, dict]]:
@@ -115,6 +117,19 @@ def said_by_library(path: Path):
         raise
 
 
+@contextlib.contextmanager
+def silent_panics():
+    """What Rust itself writes of a panic, several lines, is left out; the exception says it."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 # ---------------------------------------------------------------- the tokenizer
 
 class Tokenizer:
@@ -130,7 +145,7 @@ class Tokenizer:
         self.settings, table = declared(directory)
         config, generation = (optional_json(directory / name, EOS) for name in (
             "config.json", "generation_config.json"))
-        with said_by_library(path):
+        with said_by_library(path), silent_panics():
             names = self._read(read_bytes(path), config.get("model_type"))
             self._add(table)
         self.names = {name: token for name, token in (names | named_tokens(self.settings)).items()
@@ -143,8 +158,11 @@ class Tokenizer:
         self._first_added = pattern_of(self.added, lambda t: (
             r"(?<!\s)\s*" if added[self.added[t]].lstrip else ""))
         self._control = re.compile(f"(?={pattern_of(t for t in self.special if t[1:]).pattern})")
-        with said_by_library(path):
+        with said_by_library(path), silent_panics():
             self.bos, self.eos = self._around()
+        unknown = [i for i in (*self.bos, *self.eos) if i >= self.vocab_size]
+        refuse((unknown, f"{path} puts id {unknown and unknown[0]} around a text, which no token "
+                "has; fetch it again"))
         eos = next((c["eos_token_id"] for c in (generation, config)
                     if c.get("eos_token_id") is not None), self._id("eos_token"))
         self.eos_ids = tuple(dict.fromkeys(eos if isinstance(eos, list) else [eos]))
@@ -159,7 +177,7 @@ class Tokenizer:
                 f"{directory} was converted by an older version, which rewrote its tokenizer; "
                 "convert the Hugging Face checkpoint again with convert_hf_checkpoint.py"))
         names = "tokenizer.json", "tokenizer.model", "original/tokenizer.model"
-        if path := next(filter(Path.is_file, map(directory.joinpath, names)), None):
+        if path := next((p for p in map(directory.joinpath, names) if present(p)), None):
             return cls(directory, path)
         others = [n for n in ("vocab.json", "tekken.json") if (directory / n).exists()]
         raise UserError(
@@ -284,7 +302,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """The text of ids that start a text; special tokens have none."""
-        return self.library.decode(list(ids), skip_special_tokens=True)
+        with said_by_library(self.path):
+            return self.library.decode(list(ids), skip_special_tokens=True)
 
     def decode_new(self, before, ids) -> str:
         """The text of `ids` as it stands after the tokens `before`."""
@@ -367,7 +386,7 @@ class Tokenizer:
     def template(self) -> str:
         path = self.directory / "chat_template.jinja"
         template = self.settings.get("chat_template")
-        if path.exists():
+        if present(path):
             template = read_text(path)
         if isinstance(template, list) and all(isinstance(t, dict) for t in template):
             named = {str(t.get("name")): t.get("template") for t in template}  # several

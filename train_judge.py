@@ -21,7 +21,16 @@ from torch import Tensor
 
 import tp
 from checkpoint import fingerprint, read_config
-from common import Parser, UserError, check_apart, check_writable, refuse, say, write_text
+from common import (
+    Parser,
+    UserError,
+    check_apart,
+    check_writable,
+    is_finite,
+    refuse,
+    say,
+    write_text,
+)
 from evaluation.report import table
 from judge import JudgeHead, above_threshold
 from judge_data import report
@@ -42,6 +51,7 @@ PATIENCE = 10  # epochs without a better one
 # Shares of the errors accepted; the curve has a threshold for each.
 CURVE = (0, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1)
 MAX_FALSE_ACCEPT = 0.05
+MOST = 1e6  # of a weight or a rate: beyond it nothing is learnt, and float32 overflows
 
 
 # ---------------------------------------------------------------- data
@@ -94,8 +104,9 @@ def get_features(args, encoded: list[Encoded]) -> Tensor:
         made = made_of(encoded, args.target, dtype_name(args.dtype))
         if args.features.exists():
             job.broadcast()  # nothing for the others to do
-            return read_features(args.features, made, args.target, args.data,
-                                 args.features_dtype).float()
+            shape = sum(len(e.labels) for e in encoded), read_config(args.target).dim
+            return read_features(args.features, made, args.target, args.data, args.features_dtype,
+                                 shape).float()
     hidden = read_answers(args, job.broadcast(encoded))
     if args.features:
         save_features(args.features, hidden, made)
@@ -263,11 +274,11 @@ def check_args(args):
          "--features_dtype requires --features FILE"),
         (not 0 < args.val_share < 1,
          f"--val_share is {args.val_share}; it must be between 0 and 1"),
-        (args.negative_weight is not None and not 0 < args.negative_weight < math.inf,
-         f"--negative_weight is {args.negative_weight}; it must be above 0"),
-        (args.weight_decay is not None and not 0 <= args.weight_decay < math.inf,
-         f"--weight_decay is {args.weight_decay}; it must be at least 0"),
-        (not 0 < args.lr < math.inf, f"--lr is {args.lr}; it must be above 0"),
+        (args.negative_weight is not None and not 0 < args.negative_weight <= MOST,
+         f"--negative_weight is {args.negative_weight}; it must be above 0, up to {MOST:g}"),
+        (args.weight_decay is not None and not 0 <= args.weight_decay <= MOST,
+         f"--weight_decay is {args.weight_decay}; it must be from 0 to {MOST:g}"),
+        (not 0 < args.lr <= MOST, f"--lr is {args.lr}; it must be above 0, up to {MOST:g}"),
         (args.epochs < 1, f"--epochs is {args.epochs}; it must be at least 1"))
     writes = {"--out": args.out, "--report": args.report, "--features": args.features}
     for path in filter(None, writes.values()):
@@ -313,6 +324,8 @@ def main():
     fits = fit(x, y, x_val, y_val, grid(y, args.negative_weight, args.weight_decay), args.lr,
                args.epochs, args.seed)
     chosen = max(fits, key=lambda f: f.auc)
+    refuse((not is_finite(chosen.weight), "training gave no finite weights; lower --lr, "
+            "--weight_decay or --negative_weight"))
     head = JudgeHead(chosen.weight, chosen.bias, 0.5, fingerprint(args.target))
     scores = head(x_val)
     head.threshold = args.threshold

@@ -28,9 +28,7 @@ import errno
 import json
 import math
 import os
-import re
 import select
-import shutil
 import signal
 import struct
 import subprocess
@@ -42,7 +40,6 @@ import types
 from typing import NamedTuple
 
 if sys.platform == "linux":  # elsewhere this file can be imported, and refuses to run
-    import fcntl
     import resource
 
 if __name__ == "__main__":  # started with -I, which keeps this directory off the path
@@ -54,7 +51,6 @@ MEMORY, FILE_SIZE, DISK, OUTPUT = 2 << 30, 16 << 20, 64 << 20, 64 << 10  # bytes
 PROCESSES, FILES = 32, 64
 FIRST_UID = 2_000_000_000  # as root the code runs as this user plus a process id
 PREFIX = "judge-sandbox-"  # of the directory's name, then the process id and mkdtemp's own letters
-LEFTOVER = rf"{PREFIX}\d+-[a-z0-9_]{{8}}"
 # Seconds beyond the timeout after which the whole sandbox is given up: a busy machine is slow to
 # start it.
 PATIENCE = 30
@@ -87,12 +83,16 @@ def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0
     timeout: seconds for both. given: trusted code whose names the tests may use. Raises UserError
     where the sandbox itself cannot run.
     """
-    from common import UserError  # here: `python -I` runs this file and finds none of ours
+    from common import (  # here: `python -I` runs this file and finds none of ours
+        UserError,
+        locked_directory,
+    )
 
     if sys.platform != "linux" or os.uname().machine not in SOCKET_CALLS:
         raise UserError("model-written code is run on Linux only, on x86-64, 64-bit Arm or RISC-V; "
                         "score these answers there, or in a container")
-    with _directory() as directory, tempfile.TemporaryFile() as request:
+    with (locked_directory(tempfile.gettempdir(), PREFIX, _ours) as directory,
+          tempfile.TemporaryFile() as request):
         head = json.dumps(dict(program=program, entry_point=entry_point, timeout=timeout,
                                directory=directory, namespaces=USE_NAMESPACES,
                                home=os.path.realpath(os.path.expanduser("~")))).encode()
@@ -127,49 +127,9 @@ def run_python(program: str, tests: str, entry_point: str, timeout: float = 10.0
     return Outcome(lines[1] if len(lines) > 1 else "failed", output, lines[0])
 
 
-@contextlib.contextmanager
-def _directory():
-    """A new directory, locked by this process for as long as it lives, however it ends.
-
-    Those that killed runs of this user left are removed first.
-    """
-    place = tempfile.gettempdir()
-    for name in os.listdir(place):
-        if re.fullmatch(LEFTOVER, name):
-            _remove_leftover(os.path.join(place, name))
-    while True:
-        directory = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
-        with contextlib.suppress(FileNotFoundError):
-            lock = _lock(directory, fcntl.LOCK_EX)
-            if os.path.exists(directory):
-                break
-            os.close(lock)  # another run came before the lock, and removed it
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(lock)
-
-
-def _remove_leftover(directory):
-    """Remove the directory if it is ours and no living process holds its lock."""
-    with contextlib.suppress(OSError):
-        lock = _lock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner, me = os.fstat(lock).st_uid, os.geteuid()
-        if owner == me or me == 0 and owner >= FIRST_UID:
-            shutil.rmtree(directory, ignore_errors=True)
-        os.close(lock)
-
-
-def _lock(directory, how) -> int:
-    """A file descriptor that holds the lock. Raises OSError for what is no directory, or locked."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(fd, how)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+def _ours(uid) -> bool:
+    """Whether a directory's owner is this user or one that the code ran as."""
+    return uid == os.geteuid() or os.geteuid() == 0 and uid >= FIRST_UID
 
 
 def _listen(verdict, stdout, deadline):

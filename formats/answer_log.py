@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from common import GZIP, Line, UserError, json_lines, read_bytes, read_json, write_json
+from common import GZIP, Line, UserError, json_lines, read_json, write_json
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ class AnswerLog:
         self.stat = self.status()  # which file it is
         if self.stat and not stat.S_ISREG(self.stat.st_mode):
             raise UserError(f"cannot write {path}: it is not a plain file; name another --out")
-        if self.stat and read_bytes(path)[:2] == GZIP:
+        if self.stat and open(path, "rb").read(2) == GZIP:
             raise UserError(f"cannot add to {path}: it is gzipped; unpack it, or name another")
         self.size = self.stat.st_size if self.stat else 0  # as this run read or left it
         self.lines = json_lines(path, None, torn, kinds, halves=True) if self.stat else []

@@ -47,7 +47,7 @@ KINDS = dict(
     sliding_window=CONTEXT, use_sliding_window=FLAG, max_window_layers=whole(0), layer_types=TEXTS)
 ROPE_KINDS = dict(
     rope_type=TEXT, type=TEXT, rope_theta=number(1, 1e30, above=True), truncate=FLAG,
-    original_max_position_embeddings=CONTEXT, partial_rotary_factor=number(),
+    original_max_position_embeddings=number(1, 1 << 31), partial_rotary_factor=number(),
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
                      "attention_factor", "mscale", "mscale_all_dim"), number(0, 1e6)))
 OTHER_KINDS = dict(architectures=TEXT | TEXTS, model_type=TEXT, rope_scaling=OBJECT,
@@ -68,6 +68,8 @@ def config_fields(hf: dict, where) -> dict:
     check_kinds(hf, OTHER_KINDS, where)
     family = family_of(hf, where)
     said = {key: hf.get(key, default) for key, default in FAMILIES[family].items()}
+    if not said.get("use_sliding_window", True):
+        said["sliding_window"] = None
     check_kinds(said, {key: KINDS[key] for key in said}, where)
     check_kinds(hf.get("quantization") or {}, QUANTIZATION_KINDS, f"{where}, quantization")
 
@@ -157,8 +159,9 @@ def rope(hf: dict, head_dim: int, context: int, where) -> tuple[Tensor, float, i
     refuse((any(isinstance(value, dict) for value in s.values()), f"{where}: layers with a RoPE of "
             "their own are not implemented"))
     check_kinds(s, ROPE_KINDS, f"{where}, RoPE")
-    check_kinds(hf, ROPE_KINDS | {"type": OTHER_KINDS["model_type"]}, where)
     original = "original_max_position_embeddings"
+    check_kinds(hf, {key: ROPE_KINDS[key] for key in (
+        "rope_theta", original, "partial_rotary_factor")}, where)
     s = s | {"rope_theta": s.get("rope_theta") or hf.get("rope_theta") or 10000.0,
              original: hf.get(original) or s.get(original) or context, "context": context}
     kind = str(s.get("rope_type", s.get("type", "default")))

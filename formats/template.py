@@ -150,7 +150,8 @@ def described(e: Exception) -> str:
 def serve():
     try:
         import resource
-        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        with contextlib.suppress(ValueError, OSError):  # macOS: only the time is limited
+            resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         bound = signal.alarm
     except (ImportError, AttributeError, ValueError, OSError):  # not on this system

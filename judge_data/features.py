@@ -83,7 +83,8 @@ def save_features(path: Path, hidden: Tensor, made: dict):
         save_file({"hidden": hidden}, tmp, {"features_of": json.dumps(made)})
 
 
-def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str | None) -> Tensor:
+def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str | None,
+                  shape: tuple[int, int]) -> Tensor:
     """The hidden states in a file that save_features wrote for the same target and data.
 
     Raises UserError naming what differs; dtype, if given, must be the file's.
@@ -101,7 +102,7 @@ def read_features(path: Path, made: dict, target: Path, data: Path, dtype: str |
                                 "delete it")
         hidden = f.get_tensor("hidden")
     stored = next((name for name, d in DTYPES.items() if d == hidden.dtype), None)
-    refuse((stored is None or hidden.dim() != 2 or not is_finite(hidden),
+    refuse((stored is None or hidden.shape != shape or not is_finite(hidden),
             f"--features {path} holds other numbers than hidden states; delete it"))
     if dtype not in (None, stored):
         raise UserError(f"--features {path} holds {stored}, --features_dtype is {dtype}; name "

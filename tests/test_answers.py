@@ -829,3 +829,16 @@ def test_long_texts_take_no_longer_than_they_should():
                 start = time.process_time()
                 read(text)
                 assert time.process_time() - start < SLOW, (unit, before)
+
+
+def test_the_short_way_for_a_marked_number_reads_the_same():
+    r, short = random.Random(5), 0
+    parts = ["#### 18", "####-1,234", "#### 5.", "18", "\n", " ", "Q: what?\n", "\nQ: 2+2?\n",
+             "<<9*2=18>>", "<think>", "</think>", "[THINK]", "[/THINK]", "</s>", "<|im_end|>",
+             "a:", "#### 1. Then\n", "answer", "−", "#### 9*2 = 18", "\nUser:"]
+    for _ in range(20_000):
+        text = "".join(r.choices(parts, k=r.randrange(1, 7)))
+        found = answers.read_number(text)
+        assert found == answers.any_number(text), text
+        short += answers.FINAL.search(text) is not None
+    assert short > 1000

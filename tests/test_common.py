@@ -127,7 +127,8 @@ def test_control_characters_of_an_error_are_shown_escaped(capsys):
 @pytest.mark.parametrize("rank, said", [("0", 1), ("1", 0)])
 def test_a_command_without_a_model_is_no_command_for_torchrun(rank, said, monkeypatch, capsys):
     for name, value in {"WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
-                        "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1234"}.items():
+                        "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "1234",
+                        "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         run(lambda: pytest.fail("it ran"))
@@ -210,20 +211,58 @@ def test_outputs_replace_plain_files_only(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 
-def test_what_a_killed_run_left_is_cleared_by_the_next(tmp_path):
-    out, mine = tmp_path / "out", tmp_path / f".out.{os.getppid()}.tmp"
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left = [tmp_path / f".out.{dead.pid}.tmp", tmp_path / f".out.{10 ** 30}.tmp"]
-    left[0].mkdir()
-    (left[0] / "model.safetensors").write_text("half")
-    left[1].write_text("half")
-    others = [mine, tmp_path / f".other.{dead.pid}.tmp", tmp_path / f".out.{dead.pid}.tmp.txt",
-              tmp_path / f"out.{dead.pid}.tmp"]
-    for path in others:
-        path.write_text("not ours to remove")
-    common.write_text(out, "x")
-    assert sorted(tmp_path.iterdir()) == sorted([out, *others])
+WRITING = """
+import pathlib, sys, time, common
+with common.replacing(sys.argv[1]) as tmp:
+    if sys.argv[2] == "file":
+        tmp.write_text("half")
+    else:
+        tmp.mkdir()
+        (tmp / "model.safetensors").write_text("half")
+    print(tmp, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_what_a_killed_run_left_is_cleared_by_the_next_and_no_more(tmp_path, kind):
+    out = tmp_path / "out"
+    killed, living = (subprocess.Popen([sys.executable, "-c", WRITING, out, kind], cwd=ROOT,
+                                       stdout=subprocess.PIPE, text=True) for _ in range(2))
+    left, held = (Path(p.stdout.readline().strip()).parent for p in (killed, living))
+    killed.kill()
+    killed.wait()
+    try:
+        assert left.exists() and left.parent == held.parent == tmp_path
+        others = [tmp_path / left.name.replace("out", "other"), tmp_path / f"{left.name}x"]
+        for path in others:
+            path.mkdir()
+        link = tmp_path / ".out.tmp-1-abcdefgh"
+        link.symlink_to(others[0])
+        common.write_text(out, "x")
+        assert sorted(tmp_path.iterdir()) == sorted([out, held, link, *others])
+    finally:
+        for p in killed, living:
+            p.kill()
+            p.wait()
+            p.stdout.close()
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    (tmp_path / "out").write_text("before")
+    for error in ValueError, OSError(28, "No space left on device"), KeyboardInterrupt:
+        with pytest.raises((ValueError, UserError, KeyboardInterrupt)):
+            with common.replacing(tmp_path / "out") as tmp:
+                tmp.write_text("half")
+                raise error
+        assert [p.name for p in tmp_path.iterdir()] == ["out"]
+        assert (tmp_path / "out").read_text() == "before"
+
+
+def test_an_output_may_have_the_longest_name_and_gets_the_usual_mode(tmp_path):
+    common.write_text(tmp_path / ("é" * 127), "x")
+    (tmp_path / "usual").write_text("x")
+    assert (tmp_path / ("é" * 127)).stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_an_output_is_no_input_and_no_other_output(tmp_path):
@@ -231,6 +270,8 @@ def test_an_output_is_no_input_and_no_other_output(tmp_path):
     checkpoint.mkdir()
     for name in "config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "judge.txt":
         (checkpoint / name).write_text(name)
+    index = {"weight_map": {"x": "odd/weights.bin"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     data = tmp_path / "data.jsonl"
     data.write_text("x")
     (tmp_path / "link").symlink_to(data)
@@ -238,7 +279,9 @@ def test_an_output_is_no_input_and_no_other_output(tmp_path):
     (tmp_path / "shard").symlink_to(checkpoint / "model-00001-of-00002.safetensors")
     reads = {"--target": checkpoint, "--data": data, "--draft": None}
     for out in (data, tmp_path / "link", tmp_path / "hard", tmp_path / "checkpoint/../data.jsonl",
-                checkpoint / "config.json", tmp_path / "shard", checkpoint / "tokenizer.json"):
+                checkpoint / "config.json", tmp_path / "shard", checkpoint / "tokenizer.json",
+                checkpoint / "generation_config.json", checkpoint / "original/tokenizer.model",
+                checkpoint / "odd" / "weights.bin", checkpoint / "model.safetensors"):
         with pytest.raises(UserError, match=f"--out {out} is also (--data|a file of --target);"):
             common.check_apart({"--out": out}, reads)
     for out in tmp_path / "new", checkpoint / "judge.txt", checkpoint / "results.json":
@@ -445,10 +488,11 @@ def test_a_path_that_no_file_can_have_is_named(tmp_path):
 
 @pytest.mark.parametrize("module, environment, bad", [
     ("common", {"WORLD_SIZE": "x"}, "WORLD_SIZE=x"), ("common", {"WORLD_SIZE": ""}, "WORLD_SIZE="),
-    ("common", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"},
-     "MASTER_PORT=None"), ("common", {"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1"),
-    ("ranks.job", {"WORLD_SIZE": "2"}, "RANK=None"),
-    ("ranks.job", {"RANK": "3"}, "WORLD_SIZE=None"),
+    ("common", {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2",
+                "MASTER_PORT": "1"}, "MASTER_ADDR is not"),
+    ("common", {"WORLD_SIZE": "2", "RANK": "-1"}, "RANK is not"),
+    ("ranks.job", {"WORLD_SIZE": "2"}, "RANK is not"),
+    ("ranks.job", {"RANK": "3"}, "WORLD_SIZE is not"),
 ])
 def test_half_of_torchruns_environment_is_refused(module, environment, bad):
     p = command(f"from {module} import run\nrun(lambda: print('ran'))",
@@ -472,3 +516,19 @@ def test_a_gzipped_log_is_neither_added_to_nor_cut(tmp_path):
     with pytest.raises(UserError, match="log.jsonl: it is gzipped"):
         AnswerLog(path)
     assert path.read_bytes() == data
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path):
+    for target in "nowhere", "link":
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(target)
+        with pytest.raises(UserError, match="link is a link to a file that is not there"):
+            common.present(tmp_path / "link")
+    assert not common.present(tmp_path / "other") and common.present(tmp_path)
+
+
+def test_a_file_larger_than_the_memory_is_named(tmp_path):
+    with open(tmp_path / "x.jsonl", "wb") as f:
+        os.truncate(f.fileno(), 1 << 40)
+    with pytest.raises(UserError, match="cannot read .*x.jsonl: the memory does not suffice"):
+        json_lines(tmp_path / "x.jsonl")

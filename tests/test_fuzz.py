@@ -95,7 +95,7 @@ def faults_of_files(run: Run, before: dict, after: dict):
         ours = any(name == p or name.startswith(f"{p}/") for p in (*run.outputs, *run.base.logs))
         if top in run.inputs or f"./{top}" in run.inputs:
             ours = False
-        if path.name.endswith(".tmp") or re.search(r"\.\d+\.tmp", name):
+        if ".tmp-" in name:
             yield f"{name} was left behind"
         elif before.get(name) == after.get(name):
             continue

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import quantize
 from checkpoint import config_from, fingerprint, load, shapes
@@ -26,6 +27,7 @@ from helpers import (
     tiny_config,
 )
 from linear import dense, packs
+from load import load_models
 from model import Transformer, rope_table
 
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
@@ -343,6 +345,9 @@ def test_keys_that_transformers_does_not_read():
 
 def test_sliding_window_ends_the_context_where_it_would_matter():
     uses = {"use_sliding_window": True}
+    for window in 0, -1, None:  # said, and not used
+        config = tiny_config(model_type="qwen2", sliding_window=window, use_sliding_window=False)
+        assert config_from(config).max_seq_len == 128
     for arch, changes, context in (
             ("Mistral", {}, 50), ("Mistral", {"use_sliding_window": False}, 50),
             ("Qwen2", {}, 128),
@@ -377,6 +382,43 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys, dty
         weight[-1] = before
     save_checkpoint(tmp_path / "m", model, config)
     load(tmp_path / "m", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json",
+                                  "tokenizer_config.json", "added_tokens.json"])
+def test_a_link_to_a_file_that_is_not_there_is_named(tmp_path, file):
+    """As a download leaves them that was cut off; without the file another would be read."""
+    shutil.copytree(ROOT / "checkpoints" / "demo" / "target", tmp_path / "m")
+    (tmp_path / "m" / file).unlink(missing_ok=True)
+    (tmp_path / "m" / file).symlink_to("../blobs/1234")
+    with pytest.raises(UserError, match=f"{file} is a link to a file that is not there"):
+        load_models(tmp_path / "m")
+
+
+def test_weights_that_no_model_has_are_named(tmp_path):
+    config, model = tiny_config(), random_model(tiny_config())
+    save_checkpoint(tmp_path / "m", model, config)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    norm = weights["norm.weight"]
+    for value in (torch.tensor(1.0), torch.zeros(0), norm.to(torch.complex64), norm.double(),
+                  norm.long(), norm.bool(), norm.to(torch.float8_e5m2)):
+        save_file(weights | {"norm.weight": value}, tmp_path / "m" / "model.safetensors")
+        with pytest.raises(UserError, match="m: weight norm.weight (is|has shape) "):
+            load(tmp_path / "m", dtype=torch.float32)
+        if value.dtype not in (torch.float64, torch.int64) or not value.numel():
+            with pytest.raises(UserError, match="m: weight norm.weight is .*, as none of"):
+                fingerprint(tmp_path / "m")
+
+
+def test_a_weight_in_two_files_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "m", random_model(tiny_config()), tiny_config())
+    shard(tmp_path / "m")
+    first, second, _ = sorted((tmp_path / "m").glob("*.safetensors"))
+    twice = next(iter(load_file(first).items()))
+    save_file(load_file(second) | dict([twice]), second)
+    for read in load, fingerprint:
+        with pytest.raises(UserError, match=f"weight {twice[0]} is in another file too"):
+            read(tmp_path / "m")
 
 
 def test_fp8_has_one_number_that_is_none():

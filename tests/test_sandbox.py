@@ -1,6 +1,7 @@
 """The sandbox: hostile code neither passes, hangs the run nor harms it; honest code passes."""
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import glob
 import gzip
@@ -1061,7 +1062,7 @@ def test_a_killed_runs_directory_is_removed_by_the_next_and_a_living_ones_kept(m
 
 @pytest.mark.parametrize("when", ["before it is opened", "before it is locked"])
 def test_a_directory_that_another_run_removed_is_made_anew(when, monkeypatch):
-    make, lock, removed = tempfile.mkdtemp, sandbox.fcntl.flock, []
+    make, lock, removed = tempfile.mkdtemp, fcntl.flock, []
 
     def remove(directory):
         if not removed:
@@ -1080,7 +1081,7 @@ def test_a_directory_that_another_run_removed_is_made_anew(when, monkeypatch):
 
     monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
     if when == "before it is locked":
-        monkeypatch.setattr(sandbox.fcntl, "flock", flock)
+        monkeypatch.setattr(fcntl, "flock", flock)
     assert run("open('a', 'w').close()\n" + HONEST).status == "passed" and removed
 
 

@@ -482,6 +482,24 @@ def test_stop_check_tells_the_token_that_completes_a_stop_string(homes):
         assert not any(stop(i) for i in ids) and not stop_check(t, before, ())(ids[0])
 
 
+def test_a_panic_of_the_library_is_no_more_than_its_error(homes, tmp_path, capfd):
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    where = changed(homes, "qwen3", tmp_path, "tokenizer.json", normalizer=charsmap)
+    with pytest.raises(UserError, match="tokenizer.json cannot be read as a tokenizer"):
+        Tokenizer.from_dir(where)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_id_around_a_text_that_no_token_has_is_refused(homes, tmp_path):
+    token = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    processor = {"type": "TemplateProcessing", "pair": [token],
+                 "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+                 "special_tokens": {"<s>": {"id": "<s>", "ids": [999_999], "tokens": ["<s>"]}}}
+    where = changed(homes, "qwen3", tmp_path, "tokenizer.json", post_processor=processor)
+    with pytest.raises(UserError, match="tokenizer.json puts id 999999 around a text"):
+        Tokenizer.from_dir(where)
+
+
 def test_a_chat_template_of_other_bytes_is_named(homes, tmp_path):
     where = changed(homes, "qwen3", tmp_path)
     for data, message in ((b"{{ messages }}\xff", "it is not UTF-8 text"), (b"", "it is empty"),

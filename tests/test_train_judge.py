@@ -214,10 +214,11 @@ def test_a_damaged_judge_file_is_one_line(tmp_path):
         "x", "", "1", '"a"', "[1]", "[[null]]", "[[NaN]]", '[["0.5"]]', "{}", deep, "[[2]]",
         '0}, "a')]
     cases += [({"format": "2"}, {}, "format 1"), ({"target": "other"}, {}, "was trained on")]
-    cases += [({}, {"bias": b}, "not one bias") for b in (torch.zeros(2), torch.zeros(()))]
+    cases += [({}, {"bias": b}, "is damaged") for b in (torch.zeros(2), torch.zeros(()))]
     cases += [({}, {"weight": w}, "width") for w in (
-        torch.zeros(1, 7), torch.zeros(8), torch.zeros(8, 1), torch.zeros(()), torch.zeros(1, 0))]
-    cases += [({}, {key: torch.full(shape, x)}, "NaN") for x in (math.nan, math.inf, -math.inf)
+        torch.zeros(1, 7), torch.zeros(8, 1), torch.zeros(()), torch.zeros(1, 0))]
+    cases += [({}, {"weight": w}, "damaged") for w in (torch.zeros(8), torch.zeros(1, 1, 8))]
+    cases += [({}, {key: torch.full(shape, x)}, "damaged") for x in (math.nan, math.inf, -math.inf)
               for key, shape in (("weight", (1, 8)), ("bias", (1,)))]
     for changed, tensors, message in [({}, {}, None), *cases]:
         write_tensors(path, {"weight": weight, "bias": bias} | tensors, meta | changed)
@@ -284,8 +285,8 @@ def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, hom
                 for seed in (1, 2))
     encoded, hidden = encode(t, EXAMPLES, 128), torch.randn(30, 64)
     save_features(path, hidden, made_of(encoded, one, "float32"))
-    assert torch.equal(read_features(path, made_of(encoded, one, "float32"), one, data, None),
-                       hidden)
+    made = made_of(encoded, one, "float32")
+    assert torch.equal(read_features(path, made, one, data, None, (30, 64)), hidden)
     other = encode(t, [*EXAMPLES[:3], EXAMPLES[3] | {"prompt": "z"}], 128)
     for made, target, message in (
             (made_of(encoded, two, "float32"), two, "another target: the target .*target2"),
@@ -293,19 +294,20 @@ def test_features_file_is_refused_for_another_target_or_other_data(tmp_path, hom
             (made_of(encoded[::-1], one, "float32"), one, "another data"),
             (made_of(encoded, one, "bfloat16"), one, "another dtype")):
         with pytest.raises(UserError, match=f"--features {path} was made with {message}"):
-            read_features(path, made, target, data, None)
+            read_features(path, made, target, data, None, (30, 64))
     with pytest.raises(UserError, match="holds float32, --features_dtype is bfloat16"):
-        read_features(path, made_of(encoded, one, "float32"), one, data, "bfloat16")
+        read_features(path, made_of(encoded, one, "float32"), one, data, "bfloat16", (30, 64))
     with pytest.raises(UserError, match="is not a file of hidden states"):
-        read_features(one / "model.safetensors", made_of(encoded, one, "float32"), one, data, None)
+        read_features(one / "model.safetensors", made, one, data, None, (30, 64))
     made = made_of(encoded, one, "float32")
     for tensors, meta in (
             ({"hidden": torch.full((30, 64), math.nan)}, made), ({"hidden": torch.zeros(30)}, made),
+            ({"hidden": hidden[1:]}, made), ({"hidden": hidden[:, 1:]}, made),
             ({"hidden": torch.zeros(30, 64, dtype=torch.int8)}, made), ({"other": hidden}, made),
             ({"hidden": hidden}, []), ({"hidden": hidden}, "x"), ({"hidden": hidden}, {})):
         write_tensors(path, tensors, {"features_of": json.dumps(meta)})
         with pytest.raises(UserError, match=f"{path}"):
-            read_features(path, made, one, data, None)
+            read_features(path, made, one, data, None, (30, 64))
 
 
 # ---------------------------------------------------------------- command line
@@ -426,6 +428,9 @@ def test_bad_input(tmp_path, homes, train):
             (good, ("--max_false_accept", "-1"), "--max_false_accept is -1"),
             (good, ("--features_dtype", "float32"), "--features_dtype requires --features"),
             (good, ("--weight_decay", "-1"), "--weight_decay is -1"),
+            (good, ("--weight_decay", "1e308"), "--weight_decay is 1e.308"),
+            (good, ("--negative_weight", "1e300"), "--negative_weight is 1e.300"),
+            (good, ("--lr", "1e300"), "--lr is 1e.300"),
             (good, ("--report", tmp_path / "judge.safetensors"), "is also --"),
             (good, ("--features", tmp_path / "no" / "f"), "is not a directory"),
             (good, ("--out", tmp_path / "no" / "j"), "is not a directory"),
