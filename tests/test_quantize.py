@@ -577,7 +577,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, capsys,
      "has shape|is missing"),
     ("int8", lambda d: edit_weights(d, lambda w: w.pop("layers.1.ffn.w2.scale")),
      "layers.1.ffn.w2.scale is missing"),
-    ("int8", put({"output.weight": torch.zeros(112, 128)}), "output.weight is F32, config.json says I8"),
+    ("int8", put({"output.weight": torch.zeros(112, 128)}),
+     "output.weight is F32, config.json says I8"),
     ("fp8", lambda d: None, "fp8, which needs a GPU of compute capability 8.9 or better, not cpu"),
 ])
 def test_damaged_quantized_checkpoints_are_named(tmp_path, monkeypatch, mode, damage, message):
