@@ -852,6 +852,8 @@ def check(c):
 @pytest.mark.parametrize("name", ONE_PROCESS)
 def test_the_tests_see_what_they_would_see_in_one_process(name, verdicts, monkeypatch):
     got, output = verdicts
+    if name == "NumPy" and "No module named 'numpy'" in output:
+        pytest.skip("as root the code runs as another user, who cannot read this NumPy")
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         assert got[name] == official(*ONE_PROCESS[name]), output
