@@ -283,17 +283,15 @@ def locked_directory(place, prefix: str, ours=lambda uid: uid == os.geteuid()):
         for name in os.listdir(place) if fcntl else ():
             if left.fullmatch(name):
                 remove_unlocked(os.path.join(place, name), ours)
-    directory = lock = None
-    while not (directory and os.path.exists(directory)):  # a run may remove it before the lock
-        directory = tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place)
-        with contextlib.suppress(OSError):  # a file system without locks
-            lock = lock_of(directory, fcntl.LOCK_EX) if fcntl else None
-    try:
+    with contextlib.ExitStack() as stack:
+        directory = None
+        while not (directory and os.path.exists(directory)):  # a run may remove it before the lock
+            directory = tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=place)
+            with contextlib.suppress(OSError):  # a file system without locks
+                if fcntl:
+                    stack.callback(os.close, lock_of(directory, fcntl.LOCK_EX))
+        stack.callback(shutil.rmtree, directory, ignore_errors=True)
         yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
 
 
 def remove_unlocked(directory, ours):
