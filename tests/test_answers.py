@@ -15,7 +15,7 @@ from evaluation.answers import LETTERS, read_letter, read_number, read_program, 
 from evaluation.tasks import TASKS
 
 SHARED = Path(__file__).parents[2] / "shared"
-SLOW = 1.0  # seconds of CPU for an answer of 100,000 characters
+SLOW = 3.0  # seconds of CPU for an answer of 100,000 characters
 
 
 def rows(name: str) -> list[dict]:
@@ -726,7 +726,7 @@ def test_programs_pass_as_the_official_check_has_it():
 def test_programs_pass_in_the_sandbox_too():
     task = TASKS["humaneval"](allow_code_execution=True)
     example = {"prompt": PROMPT, "entry_point": "add", "test": TEST}
-    for name, text, right in PROGRAMS:
+    for name, text, right in PROGRAMS[::3]:
         assert task.score(example, text).right == right, name
 
 

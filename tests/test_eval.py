@@ -565,7 +565,7 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     (["--data", os.devnull], "null"),
     (["--target", "nowhere"], "nowhere does not exist"),
     (["--judge", str(DEMO / "judge.safetensors")], "is for a target of width"),
-    (["--draft", str(DEMO / "judge.safetensors")], "does not exist"),
+    (["--draft", str(DEMO / "judge.safetensors")], "judge.safetensors is a file"),
     (["--rescore", "--replay", "x"], "exclude each other"),
     (["--rescore"], "holds no answers"),
     (["--replay", "missing", "--rules", "judge"], "cannot read missing: No such file"),

@@ -49,12 +49,12 @@ CHATS = {  # role, content, role, content, ...
 
 
 def prompts(source: str) -> list[str]:
-    """The written ones, or 20 of IFEval's short ones."""
+    """The written ones, or 8 of IFEval's short ones."""
     if source == "written":
         return WRITTEN
     texts = [json.loads(line)["prompt"] for line in IFEVAL.read_text().splitlines()]
     short = [text for text in texts if len(text) < 200]
-    return short[::len(short) // 20][:20]
+    return short[::len(short) // 8][:8]
 
 
 @functools.cache
