@@ -239,7 +239,7 @@ def read_letter(text: str, texts: list[str]) -> tuple[int | None, str]:
         return LETTERS.index(asked[1]), HOW[0]
     text = undressed(text)
     best, chosen = len(HOW), None
-    for start in (max(text.rfind(". ", 0, -2), text.rfind(".\n", 0, -2)) + 1, 0):
+    for start in dict.fromkeys((max(text.rfind(s, 0, -2) for s in (". ", ".\n")) + 1, 0)):
         if best > 0:  # mostly the last sentence names it, and nothing counts more
             for m in reversed(mentions(text, LETTERS[:len(texts)], start)[-200:]):
                 if (rank := standing(text, m, texts)) is not None and rank < best:
