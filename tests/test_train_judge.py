@@ -209,7 +209,7 @@ def test_a_damaged_judge_file_is_one_line(tmp_path):
     deep = "[" * 100_000
     cases = [({"threshold": t}, {}, "threshold") for t in (
         "nan", "NaN", "inf", "-1", "1.5", "x", "", "null", "[]", '"0.5"', "1e999", "9" * 5000,
-        deep)]
+        deep, '0.5, "x": 1')]
     cases += [({"curve": c}, {}, "curve") for c in (
         "x", "", "1", '"a"', "[1]", "[[null]]", "[[NaN]]", '[["0.5"]]', "{}", deep, "[[2]]",
         '0}, "a')]
