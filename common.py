@@ -580,7 +580,8 @@ def is_finite(tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     if tensor.itemsize == 1:  # float8_e4m3fn: only NaN is not finite
-        return bool((tensor.view(tensor.new_empty(0).byte().dtype) & 127).amax() < 127)
+        from torch import uint8  # as in write_tensors
+        return bool((tensor.view(uint8) & 127).amax() < 127)
     low, high = tensor.aminmax()  # NaN if any is
     return bool(low > -math.inf and high < math.inf)
 

@@ -373,8 +373,8 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(),
             break
         accepted, tokens, sources = engine.round()
     result.seconds = time.perf_counter() - start
-    result.rounds, made = sum(result.accept_counts), len(result.tokens) - 1
+    result.rounds, made = sum(counts := result.accept_counts), len(result.tokens) - 1
     if result.rounds:
         result.tokens_per_round, result.tokens_per_sec = made / result.rounds, made / result.seconds
-        result.mean_accepted = sum(map(math.prod, enumerate(result.accept_counts))) / result.rounds
+        result.mean_accepted = sum(i * n for i, n in enumerate(counts)) / result.rounds
     return result

@@ -429,10 +429,9 @@ def check_args(args):
             graphs.check_compiler(args.device)
     if args.out:
         check_writable(args.out / "answers.jsonl" if args.out.is_dir() else args.out)
-        for name in WRITES:
-            check_apart({f"--out's {name}:": args.out / name}, {
-                "--data": args.data, "--replay": args.replay, "--target": args.target,
-                "--draft": args.draft, "--judge": args.judge})
+        check_apart({f"--out's {name}:": args.out / name for name in WRITES}, {
+            "--data": args.data, "--replay": args.replay, "--target": args.target,
+            "--draft": args.draft, "--judge": args.judge})
 
 
 def main(argv=None):
