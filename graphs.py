@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
+from drafters.llama import LlamaDrafter, draft_steps
 from engine import (
     PREFILL_CHUNK,
     Engine,
-    LlamaDrafter,
     Settings,
     decide,
-    draft_steps,
     next_token,
     padded,
     verify_and_accept,
@@ -65,7 +64,7 @@ def compile_engine(e: Engine):
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     e.rows = padded
-    target, rows = e.target, {1, 2, e.speculate_k + 1}
+    target, rows = e.target, {1, 2, *(1 + (k and e.drafter.size(k)) for k in e.ks)}
     e.target = by_block(target, build, rows)
     if whole(target):
         e.verify_and_accept = of_whole(target, build(verify_and_accept))
@@ -163,7 +162,7 @@ def draft_loop(model: Transformer, cache: Cache, last: Tensor, length: Tensor, k
 
 
 class RecordedRounds:
-    """`play_round` as a CUDA graph for each span, recorded when the span first occurs.
+    """`play_round` as a CUDA graph for each span and K, recorded when they first occur.
 
     one: attention reads only the keys that there are, so a graph of the whole cache is enough.
     """
@@ -171,13 +170,14 @@ class RecordedRounds:
     def __init__(self, play, one=False):
         self.play, self.one, self.cache, self.graphs = play, one, None, {}
 
-    def __call__(self, e: Engine, span: int):
+    def __call__(self, e: Engine, span: int, k: int) -> int:
         span = e.capacity if self.one else span
         if e.cache is not self.cache:  # the caches grew: the graphs point into the old ones
             self.cache, self.graphs = e.cache, {}
-        if span not in self.graphs:
-            self.graphs[span] = record(lambda: self.play(e, span), [e.outcome], e.rng)
-        self.graphs[span].replay()
+        if (span, k) not in self.graphs:
+            self.graphs[span, k] = record(lambda: self.play(e, span, k), [e.outcome], e.rng)
+        self.graphs[span, k].replay()
+        return k
 
 
 @functools.cache
@@ -211,7 +211,7 @@ def warm_up(e: Engine, shortest: int, longest: int):
     What the caches held is lost, so this comes before the first prompt.
     """
     e.reserve(min(longest, e.context))
-    random, k = e.rng.get_state(), e.speculate_k
+    random = e.rng.get_state()
     e.read_len = 0
     # One size of a prompt would do for what is compiled; cuDNN makes a plan for each.
     sizes = PROMPTS if e.device.type == "cpu" else {
@@ -220,9 +220,12 @@ def warm_up(e: Engine, shortest: int, longest: int):
         e.tokens = [0] * min(rows, longest, e.context)
         e.next_token(e.target, e.read(0), e.settings, e.noise(1))
     e.tokens = [0, 0]
-    for span in sorted({e.span(n + k) for n in range(shortest, min(longest, e.context) + 1)}):
-        for _ in range(2):
-            e.set_state(k)
-            e.play(e, span)
+    for k in e.ks:
+        drafted = k and e.drafter.size(k)
+        for span in sorted({e.span(n + drafted)
+                            for n in range(shortest, min(longest, e.context) + 1)}):
+            for _ in range(2):
+                e.set_state(k)
+                e.play(e, span, k)
     e.tokens = []
     e.rng.set_state(random)
