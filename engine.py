@@ -101,66 +101,63 @@ def play_round(e: "Engine", span: int, k: int) -> int:
         drafted, draft_logits, *tree = e.drafter.propose(state, k, span, s, e.noise(k))
         drafted, k = e.agree(drafted), tree[0].height if tree else len(drafted)
 
-    tests = not s.greedy and not s.certain and k  # drafts that came by chance are tested by chance
-    uniform = torch.rand(k, device=e.device, generator=e.rng) if tests else None
-    outcome, tokens, pos, hidden = e.verify_and_accept(
+    uniform = None if s.greedy or s.certain or not k else torch.rand(
+        k, device=e.device, generator=e.rng)
+    outcome, *read = e.verify_and_accept(
         e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform,
-        e.noise(len(drafted) + 1 if s.certain else 1), *tree)
+        e.noise(len(drafted) + 1 if s.certain else 1), tree=tree[0] if tree else None)
     e.outcome[-len(outcome):].copy_(e.agree(outcome))
     if e.drafter and e.drafter.wants_hidden:
-        e.drafter.read(tokens, pos, hidden, span)
+        e.drafter.read(*read, span)
     return k
 
 
 def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache, s: Settings,
-                      state: State, drafted: Tensor, draft_logits: Tensor | None,
-                      uniform: Tensor | None, noise: Tensor | None, tree=None, decided=None):
+                      state: State, drafted: Tensor, *more, tree=None, decided=None):
     """The target's part of a round: what `decide` makes of it (`decided`: compiled apart), and the
     tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
     """
     # 2. verify and judge: one pass over the last token and the drafted ones
     tokens = torch.cat((state.last[1:], drafted))
     pos = state.length - 1 + torch.arange(len(tokens), device=tokens.device)
-    at, mask = tree.attention(pos, len(cache.rope)) if tree else (None, None)
-    hidden = target.features(tokens[None], pos, cache, at, mask)[0]
-    outcome, path = (decided or decide)(target, head, s, state, hidden, drafted, draft_logits,
-                                        uniform, noise, tree)
-    if tree:
-        tokens, pos, hidden = tree.keep(path, tokens, pos, hidden, cache)
-    return outcome, tokens, pos, hidden
+    hidden = target.features(tokens[None], pos, cache, *(tree.where(pos, cache) if tree else ()))[0]
+    outcome, path = (decided or decide)(target, head, s, state, hidden, drafted, *more, tree)
+    read = tokens, pos, hidden
+    return outcome, *(tree.keep(cache, path, *read) if tree else read)
 
 
 def decide(target: Transformer, head: JudgeHead | None, s: Settings, state: State, hidden: Tensor,
-           drafted: Tensor, draft_logits: Tensor | None, uniform: Tensor | None,
-           noise: Tensor | None, tree=None) -> tuple[Tensor, Tensor | None]:
+           drafted: Tensor, draft_logits: Tensor, uniform: Tensor, noise: Tensor, tree=None):
     """The packed outcome of the target's hidden states [K + 1, D], which LM head and judge read.
-
-    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V], [K + 1, V] if s.certain. A
-    tree has N drafted tokens for K; the rows of the chosen path [height + 1] come too.
+    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V], [K + 1, V] if s.certain.
+    A tree has N drafted tokens for K; the rows of the path it keeps, [height + 1], come too.
     """
     hidden = hidden[:, :target.config.dim]  # without the taps
     logits, scores = target.output(hidden), None if head is None else head(hidden[1:])
-
-    # 3. accept: the longest prefix that the standard test or the rule lets in
     before = tree.before(logits) if tree else logits[:-1]
-    v, path = Verified(before, hidden[1:], drafted, draft_logits, scores), None
+
+    # 3. accept: the longest prefix, or path of a tree, that the standard test or the rule lets in
+    v = Verified(before, hidden[1:], drafted, draft_logits, scores)
     passed, token_after = standard_test(v, logits, s, uniform, noise, tree)
     mask = judge.accept_mask(passed, v, s.accept, s.parameter) if len(drafted) else passed
-    if tree:
-        n, path = tree.longest(mask, passed, state.room)
-        drafted, passed = drafted[path[1:] - 1], passed[path[1:] - 1]
-    else:
-        n = torch.minimum(mask.long().cumprod(0).sum()[None], state.room)  # True from the front
-    own = token_after(n if path is None else path.gather(0, n), n < state.room)
+    n, end, path = (tree.longest if tree else longest_prefix)(mask, passed, state.room)
+    own = token_after(end, n < state.room)
+    drafted, passed = (t if path is None else t[path[1:] - 1] for t in (drafted, passed))
 
     # 4. next state: the text ends with the accepted tokens and the target's own
     return pack(Outcome(n, own, drafted, passed, next_state(state, drafted, n, own))), path
 
 
+def longest_prefix(mask: Tensor, passed: Tensor, room: Tensor) -> tuple[Tensor, Tensor, None]:
+    """The run of True from the front of mask [K], at most `room`: its length and last row, [1]."""
+    n = torch.minimum(mask.long().cumprod(0).sum()[None], room)
+    return n, n, None
+
+
 def standard_test(v: Verified, logits: Tensor, s: Settings, uniform: Tensor | None,
                   noise: Tensor | None, tree=None):
-    """bool [K]: what the target may have written itself; and a function: its token [1] after row
-    end [1] of logits [K + 1, V], the last accepted, if what follows was tested, bool [1].
+    """bool [K]: what the target may have written itself; and a function: its token [1] after the
+    last accepted row, end [1], of logits [K + 1, V], where tested [1] says if the next one was.
     """
     if s.greedy or s.certain or not len(v.drafted):
         # Drafted for certain, q = 1, a token passes with probability p, and one of siblings at most
@@ -218,6 +215,9 @@ class Drafter:
         do not follow one another a third value, a drafters.tree.Tree, says how they do.
         """
         raise NotImplementedError  # every drafter has its own
+
+    def compile(self, build, by_block, whole):
+        """graphs.py: compile what `propose` consists of; see LlamaDrafter's."""
 
 
 def next_token(model: Transformer, hidden: Tensor, s: Settings,

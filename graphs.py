@@ -7,20 +7,10 @@ import os
 import shutil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
-from drafters.llama import LlamaDrafter, draft_steps
-from engine import (
-    PREFILL_CHUNK,
-    Engine,
-    Settings,
-    decide,
-    next_token,
-    padded,
-    verify_and_accept,
-)
+from engine import PREFILL_CHUNK, Engine, decide, next_token, padded, verify_and_accept
 from linear import FEW
 from model import Cache, Transformer
 
@@ -60,26 +50,26 @@ def compile_engine(e: Engine):
     are compiled as whole passes, a draft's as a loop; of prompts, only the target's Block is.
     """
     build, on_cpu = builder(e.device), e.device.type == "cpu"
-    whole = lambda model: on_cpu and alone() and model.config.n_layer <= WHOLE
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     e.rows = padded
     target, rows = e.target, {1, 2, *(1 + (k and e.drafter.size(k)) for k in e.ks)}
     e.target = by_block(target, build, rows)
-    if whole(target):
-        e.verify_and_accept = of_whole(target, build(verify_and_accept))
+
+    def whole(model, call):
+        if on_cpu and alone() and model.config.n_layer <= WHOLE:
+            return of_whole(model, build(call))
+
+    if call := whole(target, verify_and_accept):
+        e.verify_and_accept = call
     else:
         e.verify_and_accept = functools.partial(verify_and_accept, decided=build(decide))
         e.next_token = build(next_token)
-    if isinstance(d := e.drafter, LlamaDrafter):
-        if whole(d.model):
-            d.steps = of_whole(d.model, build(draft_loop))
-        else:
-            d.model = by_block(d.model, build, rows)
-            d.steps = functools.partial(draft_steps, next_token=build(next_token))
+    if e.drafter:
+        e.drafter.compile(build, lambda model: by_block(model, build, rows), whole)
     if not on_cpu:
-        models = e.target, *([e.drafter.model] if isinstance(e.drafter, LlamaDrafter) else [])
-        e.play = RecordedRounds(e.play, isinstance(e.drafter, (LlamaDrafter, type(None))) and all(
+        models = [e.target, *filter(None, [getattr(e.drafter, "model", None)])]
+        e.play = RecordedRounds(e.play, len(models) > bool(e.drafter) and all(
             e.speculate_k < m.kernel_rows for m in models))
 
 
@@ -131,34 +121,13 @@ def any_size(t: Tensor | None, dim: int):
 
 def of_whole(model: Transformer, call):
     """A compiled call, always on `model`, which is compiled with it."""
-    def whole(_, *args):
+    def whole(_, *args, **more):
         for cache in args:
             if isinstance(cache, Cache):
                 for t in *cache.kv, cache.rope:
                     any_size(t, 0)
-        return call(model, *args)
+        return call(model, *args, **more)
     return whole
-
-
-def draft_loop(model: Transformer, cache: Cache, last: Tensor, length: Tensor, k: int, s: Settings,
-               noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`draft_steps`, of which the compiler sees two: the first and, as a loop, all others."""
-    drafted, logits = draft_steps(model, cache, last, length, 1, s, noise)
-    if k == 1:
-        return drafted, logits
-
-    def step(i, token, drafted, *logits):
-        hidden = model.features(token[None], length + i - 1, cache)[0]
-        token, row = next_token(model, hidden, s,
-                                None if noise is None else noise.index_select(0, i))
-        return (i + 1, token, drafted.index_copy(0, i, token),
-                *(rows.index_copy(0, i, row) for rows in logits))
-
-    from torch._higher_order_ops import while_loop
-    more = () if logits is None else (F.pad(logits, (0, 0, 0, k - 1)),)
-    start = torch.ones_like(length), drafted, F.pad(drafted, (0, k - 1)), *more
-    _, _, drafted, *logits = while_loop(lambda i, *_: (i < k).all(), step, start)
-    return drafted, logits[0] if logits else None
 
 
 class RecordedRounds:

@@ -34,19 +34,17 @@ class Tree:
         """Of rows [N + 1, ...], the one that each token follows, [N, ...]."""
         return rows.index_select(0, self.parent)
 
-    def attention(self, pos: Tensor, span: int) -> tuple[Tensor, Tensor]:
-        """RoPE positions [N + 1] of the rows, and what they attend to, bool [N + 1, span].
-
-        pos [N + 1]: the slots that they take in the cache. All of the text before, and of the tree
-        the row's own path.
+    def where(self, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+        """RoPE positions [N + 1] of the rows, and what they attend to, bool [N + 1, span]: all of
+        the text before, and of the tree the row's own path. pos [N + 1]: their slots in the cache.
         """
-        row = torch.arange(span, device=pos.device) - pos[0]
+        row = torch.arange(len(cache.rope), device=pos.device) - pos[0]
         within = self.upto.index_select(1, row.clamp(0, len(pos) - 1)) & (row < len(pos))
         return pos[0] + self.depth, within | (row < 0)
 
-    def longest(self, mask: Tensor, passed: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-        """The longest path of tokens in mask [N], at most `room` of them: its length [1], and its
-        rows [height + 1] from the root; what comes after its length means nothing.
+    def longest(self, mask: Tensor, passed: Tensor, room: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The longest path of tokens in mask [N], at most `room` of them: its length [1], its last
+        row [1], and its rows [height + 1] from the root, of which those beyond mean nothing.
 
         Of several, one with the most tokens that `passed` the standard test [N], then the first.
         """
@@ -57,10 +55,10 @@ class Tree:
         end = torch.where(best.amax() > 0, best.argmax() + 1, 0)[None]
         levels = torch.arange(self.height + 1, device=mask.device)[:, None] == self.depth
         rows = levels & self.upto.index_select(0, end)
-        return self.depth.index_select(0, end), rows.long().argmax(-1)
+        return self.depth.index_select(0, end), end, rows.long().argmax(-1)
 
-    def keep(self, path: Tensor, tokens: Tensor, pos: Tensor, hidden: Tensor,
-             cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+    def keep(self, cache: Cache, path: Tensor, tokens: Tensor, pos: Tensor,
+             hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Move the path's keys and values to where a chain's would stand; its tokens [height + 1],
         positions and hidden states [height + 1, D].
         """
