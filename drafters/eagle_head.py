@@ -17,6 +17,7 @@ from torch import Tensor
 
 from checkpoint import (
     LAYER,
+    WRITTEN,
     check_finite,
     check_plain,
     check_shape,
@@ -41,19 +42,19 @@ from model import Block, Cache, ModelConfig, Transformer, rope_table
 
 
 class EagleHead(nn.Module):
-    """config: of its one layer. version: 1 or 3. taps: the target's layers whose inputs it reads
-    beside the last state. target: checkpoint.fingerprint of its target, "" where unknown.
+    """config: of its one layer. version: 1 or 3. target: checkpoint.fingerprint of its target, ""
+    where unknown. taps: the target's layers whose inputs it reads; `load` sets them for version 3.
 
     bias: of fc. input_norm: version 1 has none as published. embedding: it has its own. columns: of
     its own LM head, 0 for the target's.
     """
 
-    def __init__(self, config: ModelConfig, version=1, taps=(), target="", bias=True,
-                 input_norm=False, embedding=False, columns=0):
+    def __init__(self, config: ModelConfig, version=1, target="", bias=True, input_norm=False,
+                 embedding=False, columns=0):
         super().__init__()
         c, dim = config, config.dim
-        self.config, self.version, self.taps, self.target = c, version, tuple(taps), target
-        self.fc = linear(None, (len(self.taps) or 2) * dim, dim, bias)
+        self.config, self.version, self.target, self.taps = c, version, target, ()
+        self.fc = linear(None, (3 if version == 3 else 2) * dim, dim, bias)
         self.block = Block(c)
         if version == 1 and not input_norm:
             self.block.attn_norm = nn.Identity()
@@ -165,13 +166,13 @@ class EagleHead(nn.Module):
         refuse((head.target not in ("", fingerprint, parent), f"EAGLE head {directory} was trained "
                 f"on target {head.target}, but {target_name} is {fingerprint}; {ADVICE}"))
         weights = {}
-        for name, parts in published(head, layer_of(tensors)).items():
-            tensor = torch.cat([tensors[part][:].to(device, dtype) for part in parts])
-            check_finite(directory, name, tensor)
-            weights[name] = tensor
+        for ours, names in published(head, layer_of(tensors)).items():
+            parts = [tensors[name][:].to(device, dtype) for name in names]
+            for name, part in zip(names, parts):
+                check_finite(directory, name, part)
+            weights[ours] = torch.cat(parts)
         head.load_state_dict(weights, assign=True)
-        if "d2t" in tensors:
-            head.ids = token_ids(directory, tensors, head.config.vocab_size).to(device)
+        head.ids = None if head.ids is None else head.ids.to(device)
         weights.clear()  # so that a tensor is freed when `prepare` replaces it
         prepare(head, dtype)
         return head.requires_grad_(False).eval()
@@ -187,7 +188,8 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_fa
 
 TOP = {"norm.weight": "norm.weight", "output.weight": "lm_head.weight", "fc.weight": "fc.weight",
        "fc.bias": "fc.bias", "embedding.weight": "embed_tokens.weight"}
-MAPS = "d2t", "t2d"  # draft ids to the target's, and which of the target's can be drafted
+# d2t [columns]: the target's id less the head's own; t2d [V]: which tokens the head can draft.
+MAPS = dict(d2t=torch.int64, t2d=torch.bool)
 
 
 def published(head: EagleHead, layer: str) -> dict[str, dict[str, list[int]]]:
@@ -229,8 +231,11 @@ def is_eagle(directory) -> bool:
     """
     if is_pickled(directory):
         return True
-    names = {name for path in weight_files(directory) for name in open_weights(path).keys()}
-    return bool(names & {"fc.weight", "model.fc.weight"})
+    return names_head(n for path in weight_files(directory) for n in open_weights(path).keys())
+
+
+def names_head(names: Iterable[str]) -> bool:
+    return any(name in ("fc.weight", "model.fc.weight") for name in names)
 
 
 def is_pickled(directory) -> bool:
@@ -242,7 +247,7 @@ def is_pickled(directory) -> bool:
 
 
 def open_head(directory, target: ModelConfig, target_name="the target"):
-    """The head of a directory without its weights (on "meta"), and {published name: slice}.
+    """The head of a directory without its weights, and {published name: slice}.
 
     Raises UserError unless config.json, tensors and the target's config fit each other.
     """
@@ -250,31 +255,49 @@ def open_head(directory, target: ModelConfig, target_name="the target"):
     refuse((is_pickled(directory), f"{directory} holds a pickled EAGLE head (pytorch_model.bin); "
             f"convert it first: python convert_hf_checkpoint.py --checkpoint_dir {directory} "
             "--out DIR"))
-    found = slices(directory)
-    tensors = {name.removeprefix("model."): tensor for name, tensor in found.items()}
-    refuse(("fc.weight" not in tensors, f"{directory} holds no EAGLE head (no weight fc.weight); "
-            "give the directory of one, or train one with train_eagle.py"),
-           (len(tensors) < len(found), f"{directory}: a weight is there twice, with and without "
-            "the prefix model.; fetch the checkpoint again"))
-    hf = read_json(where, KINDS)
-    config = head_config(hf, where, tensors)
-    for what, own, other in (("width", config.dim, target.dim),
-                             ("vocabulary", config.vocab_size, target.vocab_size)):
+    tensors = plain_names(directory, slices(directory))
+    head = skeleton(directory, tensors)
+    for what, own, other in (("width", head.config.dim, target.dim),
+                             ("vocabulary", head.config.vocab_size, target.vocab_size)):
         refuse((own != other, f"EAGLE head {directory} is for a target of {what} {own}, but "
                 f"{target_name} has {what} {other}; {ADVICE}"))
-    layer = layer_of(tensors)
+    head.taps = taps(read_json(where), where, target) if head.version == 3 else ()
+    return head, tensors
+
+
+def plain_names(directory, tensors: dict) -> dict:
+    """The tensors without the prefix "model." that some tools write."""
+    plain = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    refuse((len(plain) < len(tensors), f"{directory}: a weight is there twice, with and without "
+            "the prefix model.; fetch the checkpoint again"),
+           ("fc.weight" not in plain, f"{directory} holds no EAGLE head (no weight fc.weight); "
+            "give the directory of one, or train one with train_eagle.py"))
+    return plain
+
+
+def skeleton(directory, tensors: dict) -> EagleHead:
+    """The head that config.json and the tensors {published name: slice} describe, without weights.
+
+    Raises UserError unless they fit each other.
+    """
+    where = Path(directory, "config.json")
+    hf = read_json(where, KINDS)
+    config, layer = head_config(hf, where, tensors), layer_of(tensors)
     version = 3 if f"{layer}.hidden_norm.weight" in tensors else 1
     columns = hf.get("draft_vocab_size") or config.vocab_size
-    refuse((columns < config.vocab_size and "d2t" not in tensors, f"{directory}: weight d2t is "
+    refuse((columns > config.vocab_size, f"{where}: draft_vocab_size {columns} is more than "
+            f"vocab_size {config.vocab_size}"),
+           (columns < config.vocab_size and "d2t" not in tensors, f"{directory}: weight d2t is "
             f"missing, and config.json says draft_vocab_size {columns}; fetch it again"))
     with torch.device("meta"):
-        head = EagleHead(config, version, taps(hf, where, target) if version == 3 else (),
-                         hf.get("eagle_target", ""), "fc.bias" in tensors,
+        head = EagleHead(config, version, hf.get("eagle_target") or "", "fc.bias" in tensors,
                          f"{layer}.input_layernorm.weight" in tensors,
                          "embed_tokens.weight" in tensors,
                          columns if version == 3 or "lm_head.weight" in tensors else 0)
     check_tensors(directory, head, tensors)
-    return head, tensors
+    if "d2t" in tensors:
+        head.ids = token_ids(directory, tensors, config.vocab_size)
+    return head
 
 
 def head_config(hf: dict, where, names) -> ModelConfig:
@@ -306,8 +329,8 @@ def taps(hf: dict, where, target: ModelConfig) -> tuple[int, ...]:
     said = hf.get(key) or more.get(key)
     # Some tools count the outputs of layers, others their inputs.
     known = said in (None, [*usual], [i - 1 for i in usual])
-    refuse((n < 7, f"{where} is an EAGLE-3 head's, which reads three layers of a target of 7 or "
-            f"more; this one has {n}"),
+    refuse((n < 7, f"{where} is an EAGLE-3 head's, for a target of 7 layers or more, of which it "
+            f"reads three; this one has {n}"),
            (not known or more.get("use_aux_hidden_state") is False, f"{where}: an EAGLE-3 head "
             f"that reads other layers than {list(usual)} is not implemented"))
     return usual
@@ -317,7 +340,7 @@ def check_tensors(directory, head: EagleHead, tensors: dict):
     """Refuse a file that lacks a tensor of the head, has another, or one of another shape."""
     parts = published(head, layer_of(tensors))
     expected = {name: shape for part in parts.values() for name, shape in part.items()}
-    if head.version == 3 and tensors.keys() & set(MAPS):
+    if head.version == 3 and "d2t" in tensors:
         maps = dict(d2t=[head.output.weight.shape[0]], t2d=[head.config.vocab_size])
         expected |= {name: shape for name, shape in maps.items() if name in tensors}
     missing = next((name for name in expected if name not in tensors), None)
@@ -327,9 +350,8 @@ def check_tensors(directory, head: EagleHead, tensors: dict):
     for name, shape in expected.items():
         kind = tensors[name].get_dtype()
         if name in MAPS:
-            wanted = dict(d2t=("I64", "I32"), t2d=("BOOL", "U8"))[name]
-            refuse((kind not in wanted, f"{directory}: weight {name} is {kind}, as none is; fetch "
-                    "the checkpoint again"))
+            refuse((kind != WRITTEN[MAPS[name]], f"{directory}: weight {name} is {kind}, not "
+                    f"{WRITTEN[MAPS[name]]}; fetch the checkpoint again"))
         else:
             check_plain(directory, name, kind)
         check_shape(directory, name, tensors[name].get_shape(), shape)
@@ -338,7 +360,7 @@ def check_tensors(directory, head: EagleHead, tensors: dict):
 def token_ids(directory, tensors: dict, vocab_size: int) -> Tensor:
     """The target's ids of the tokens that a head with a part of the vocabulary can draft."""
     d2t = tensors["d2t"][:].long()
-    ids = d2t + torch.arange(len(d2t))
+    ids = d2t + torch.arange(len(d2t))  # wraps around where d2t is huge, and is refused then too
     refuse((not (0 <= ids.min() and ids.max() < vocab_size) or len(ids.unique()) < len(ids),
             f"{directory}: weight d2t maps to tokens beyond the target's {vocab_size}, or twice to "
             "one; fetch the checkpoint again"))
@@ -351,7 +373,7 @@ def token_ids(directory, tensors: dict, vocab_size: int) -> Tensor:
 
 def weight_bytes(directory, target: ModelConfig, dtype: torch.dtype, device="cpu") -> int:
     """Bytes of a directory's head as `load` leaves it; raises UserError as `load` does."""
-    head, tensors = open_head(directory, target)
+    head, _ = open_head(directory, target)
     copies = (m.added(dtype, device) for m in head.modules() if isinstance(m, Linear))
-    ids = 8 * head.output.weight.shape[0] if "d2t" in tensors else 0
-    return sum(p.numel() for p in head.parameters()) * dtype.itemsize + sum(copies) + ids
+    weights = sum(p.numel() for p in head.parameters()) * dtype.itemsize
+    return weights + sum(copies) + (0 if head.ids is None else head.ids.nbytes)
