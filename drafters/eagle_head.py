@@ -179,14 +179,12 @@ class EagleHead(nn.Module):
         return head.requires_grad_(False).eval()
 
 
+# ---------------------------------------------------------------- names and shapes
+
 # A layer without the biases and norms that a family can have, or that a file shows.
 PLAIN_LAYER = dict(tied=False, qkv_bias=False, wo_bias=False, mlp_bias=False, qk_norm=False)
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
              "original_max_position_embeddings", "max_position_embeddings")
-
-
-# ---------------------------------------------------------------- names and shapes
-
 TOP = {"norm.weight": "norm.weight", "output.weight": "lm_head.weight", "fc.weight": "fc.weight",
        "fc.bias": "fc.bias", "embedding.weight": "embed_tokens.weight"}
 # d2t [columns]: the target's id less the head's own; t2d [V]: which tokens the head can draft.
@@ -217,8 +215,8 @@ def layer_of(names: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------- reading
 
-# What changes the forward pass and is not implemented, by a key of config.json that is true.
 ADVICE = "train one for this target with train_eagle.py"
+# What changes the forward pass and is not implemented, by a key of config.json that is true.
 OTHER_WAYS = "norm_before_residual", "norm_before_fc", "norm_output", "fc_norm", "add_para_norm"
 KINDS = dict(eagle_target=TEXT, draft_vocab_size=whole(1, 1 << 24), eagle_config=OBJECT,
              target_hidden_size=whole(1), architectures=TEXT | list_of(TEXT, "texts"))
