@@ -34,7 +34,7 @@ def levels(tree: tuple[int, ...] | int, k: int) -> list[tuple[int, int]]:
     """Of each level of a tree of height k: how many nodes have children in it, and how many each.
     """
     if isinstance(tree, int):
-        return [(1, EXPAND), *[(EXPAND, EXPAND)] * (k - 1)]
+        return [(1, EXPAND), *[(EXPAND, EXPAND)] * (min(k, tree) - 1)]
     return [(math.prod(tree[:i]), n) for i, n in enumerate(tree)]
 
 
