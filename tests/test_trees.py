@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+import judge
+from demo.pair import load_pair, read_problems
 from drafters.tree import Tree
 from engine import Drafter, Engine, Settings, State, decide, generate, unpack
 from judge import RULES, JudgeHead, Rule, Verified
@@ -115,7 +117,7 @@ class Scripted(Drafter):
         ids, parents = self.script(self.text, k)
         assert len(ids) <= self.size(k) and state.last.tolist() == self.text[-2:]
         drafted = torch.tensor(ids)
-        one_hot = torch.full((len(ids), V), -torch.inf).scatter(1, drafted[:, None], 0.0)
+        one_hot = torch.full((len(ids), s.vocab_size), -torch.inf).scatter(1, drafted[:, None], 0.0)
         tree = [] if parents is None else [Tree.of(torch.tensor(parents), k)]
         return drafted, one_hot, *tree
 
@@ -237,6 +239,27 @@ def test_a_next_turn_and_an_edited_one():
         for _ in range(2):
             forest.right = knows(prompt)
             assert generate(e, prompt, 20).tokens == alone(prompt, 20)
+
+
+def test_trees_on_the_demo_pair():
+    target, _, _, tokenizer = load_pair()
+    prompt = tokenizer.encode(read_problems(1)[1]["prompt"])
+    ids = generate(Engine(target), prompt, 40).tokens
+    forest = Forest(lambda text: ids[len(text) - len(prompt):], 26)
+    r = generate(Engine(target, Scripted(forest, 26), speculate_k=6), prompt, 40)
+    assert r.tokens == ids and len(set(forest.longest)) > 2
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_sampled_tokens_may_be_drafted_by_chance_too(certain):
+    """A tree is tested by what the target draws, whatever its drafter says of itself. At this
+    temperature it can draw its argmax only.
+    """
+    drafter = Scripted(Forest(knows(tokens(9)), 12), 12)
+    drafter.certain = certain
+    e = Engine(models()["target"], drafter, speculate_k=4, temperature=2 * judge.COLDEST)
+    r = generate(e, tokens(9), 20)
+    assert not e.settings.greedy and r.tokens == alone(tokens(9), 20) and r.mean_accepted > 0.5
 
 
 def test_a_chain_as_a_tree_makes_the_same_rounds():
