@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import drafters.eagle
 from common import UserError
-from drafters.eagle import EagleDrafter
+from drafters.eagle import EagleDrafter, chain_loop, chain_steps, grow
 from drafters.eagle_head import EagleHead
 from engine import Engine, Settings, generate
+from graphs import compile_engine, warm_up
 from helpers import random_model, randomize, tiny_config
 from judge import Verified, kl
 from test_generate import (  # noqa: F401 (a fixture)
@@ -28,7 +30,7 @@ TREES = {"chain": (None, 4), "4,2,1": ((4, 2, 1), 3), "2,2,2,1": ((2, 2, 2, 1), 
 
 
 @functools.cache
-def eagle(version=1, vocab=V, seed=0):
+def eagle(version=1, vocab=V):
     """A target in which the last token says much about the next, and a head that knows some of it.
     """
     config = tiny_config(vocab_size=vocab, num_hidden_layers=3)
@@ -36,7 +38,7 @@ def eagle(version=1, vocab=V, seed=0):
     target.norm.weight.fill_(1), target.embed.weight.mul_(10)
     for layer in target.layers:
         layer.attn.wo.weight.mul_(0.4), layer.ffn.w2.weight.mul_(0.25)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     h = randomize(EagleHead(replace(target.config, n_layer=1), version,
                             columns=40 if version == 3 else 0))
     h.block.attn.wo.weight.mul_(0.1), h.block.ffn.w2.weight.mul_(0.03)
@@ -301,3 +303,61 @@ def test_a_tree_that_does_not_fit_is_refused(tree, k, message):
 def test_the_highest_tree_has_room():
     e = Engine(eagle()[1], EagleDrafter(*eagle(), 40), speculate_k=32)
     assert generate(e, tokens(90), 38).tokens == alone(tuple(tokens(90)), 38)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case, whole, settings", [
+    ("chain", 8, dict(temperature=0.9, seed=3)), ("dynamic 12", 8, {}),
+    ("4,2,1", 0, dict(temperature=0.9, top_p=0.9))])
+def test_nothing_is_compiled_after_the_warm_up(case, whole, settings, monkeypatch):
+    """At any length of prompt and text; and the rounds are the eager ones."""
+    monkeypatch.setattr("graphs.WHOLE", whole)
+    counter, compile = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **more: compile(
+        f, backend=counter, **more))
+    torch._dynamo.reset()
+    plain, fast = engine(case, **settings), engine(case, **settings)
+    compile_engine(fast)
+    warm_up(fast, 1, 128)
+    warm, accepted = counter.frame_count, set()
+    for n, new in ((1, 5), (9, 20), (50, 30), (3, 10), (120, 8)):
+        want, got = (generate(e, tokens(n, seed=n), new) for e in (plain, fast))
+        assert (got.tokens, got.accept_counts, got.sources) == (want.tokens, want.accept_counts,
+                                                                want.sources)
+        accepted |= {i for i, count in enumerate(got.accept_counts) if count}
+    assert counter.frame_count == warm and len(accepted) > 2
+    # A Block for prompts, the verification, the drafting and the reading.
+    assert whole == 0 or warm == 4
+
+
+@torch.inference_mode()
+def test_a_loop_of_one_step():
+    for rule, settings in (("kl", dict(parameter=1.0)), ("standard", dict(temperature=0.9))):
+        e = engine(accept=rule, **settings)
+        e.prefill(tokens(9), 40)
+        noise, drafted = torch.rand(1, V) + 0.1, []
+        for e.drafter.chain in (chain_steps, chain_loop):
+            drafted.append(e.drafter.propose(e.state, 1, 64, e.settings, noise))
+        torch.testing.assert_close(*drafted)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+@pytest.mark.parametrize("tree", [None, (3, 2)])
+def test_compiled_drafts_are_the_eager_ones(tree):
+    """By Inductor; the rest of a round is compiled as for a Llama draft."""
+    h, target = eagle()
+    drafted = []
+    for compiled in (False, True):
+        e = Engine(target, EagleDrafter(h, target, tree), speculate_k=2, accept="kl", parameter=1.0)
+        if compiled:
+            torch._dynamo.reset()
+            call = torch.compile(grow if tree else chain_loop, fullgraph=True, dynamic=False)
+            e.drafter.compile(None, None, lambda head, f, call=call: call)
+        e.prefill(tokens(9), 40)
+        ids, logits, *tree_of = e.drafter.propose(e.state, 2, 64, e.settings, None)
+        drafted.append([ids, logits, *((t.parent, t.upto, t.depth) for t in tree_of)])
+    torch.testing.assert_close(*drafted)

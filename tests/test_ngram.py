@@ -4,11 +4,13 @@ import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from common import UserError
 from demo.pair import load_pair, read_problems
 from drafters.ngram import LEAST, NgramDrafter, SuffixIndex
 from engine import Engine, generate
+from graphs import compile_engine, warm_up
 from model import Transformer
 from test_eagle import eagle
 from test_generate import (  # noqa: F401 (a fixture)
@@ -177,3 +179,21 @@ def test_sampled_rounds_have_the_targets_distribution(monkeypatch):
     monkeypatch.setattr("drafters.ngram.LEAST", 1)
     outcomes = check_distribution(engine(small_pair()[0], k=2, temperature=1.0, seed=1), 900)
     assert min(outcomes[:2]) > 100 and outcomes[2]
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_warm_up(monkeypatch):
+    """Rounds that draft and rounds that only decode, at any length."""
+    counter, compile = CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options, **more: compile(
+        f, backend=counter, **more))
+    torch._dynamo.reset()
+    e = engine(eagle()[1])
+    compile_engine(e)
+    warm_up(e, 1, 128)
+    warm = counter.frame_count
+    for prompt, new in ((tokens(1), 20), (tokens(9), 40), (tokens(40) * 2, 20)):
+        r = generate(e, prompt, new)
+        assert r.tokens == generate(Engine(eagle()[1]), prompt, new).tokens
+        assert r.accept_counts[0] and r.accept_counts[5]
+    assert counter.frame_count == warm == 3  # a Block for prompts, and passes of 1 and of 6 rows
