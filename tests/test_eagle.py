@@ -1,4 +1,5 @@
 """EagleDrafter: its drafts against float64 without a cache, its trees, and the target's text."""
+import copy
 import functools
 import math
 import random
@@ -95,6 +96,17 @@ def test_a_tree_of_width_one_is_the_chain():
     assert (r.tokens, r.accept_counts, r.sources) == (want.tokens, want.accept_counts, want.sources)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_head_may_have_a_dtype_of_its_own(version, dtype):
+    h, target = eagle(version)
+    for tree in (None, (4, 2, 1)):
+        e = Engine(target, EagleDrafter(copy.deepcopy(h).to(dtype), target, tree), None, "kl", 0.0,
+                   3)
+        r = generate(e, tokens(9), 20)
+        assert r.tokens == alone(tuple(tokens(9)), 20) and r.mean_accepted > 0
+
+
 def test_heads_of_both_kinds_draft_for_one_target_in_turn():
     """EAGLE-3 has the target append three layers' states to its own."""
     makes = [lambda: engine("chain", 3), lambda: engine("4,2,1"), lambda: Engine(eagle(3)[1])]
@@ -112,8 +124,9 @@ def test_heads_of_both_kinds_draft_for_one_target_in_turn():
 @pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("case, accept", [("chain", "judge"), ("chain", "standard"),
                                           ("4,2,1", "topk"), ("dynamic 12", "judge")])
-def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version):
+def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version, monkeypatch):
     """The target's, and the drafter's keys and values, states and tokens, after every round."""
+    monkeypatch.setattr("engine.PREFILL_CHUNK", 5)  # the prompt comes in two parts
     some = head(weight=0.05) if accept == "judge" else None
     e, kept = engine(case, version, some, accept, 4 if accept == "topk" else None), set()
     with torch.inference_mode():
