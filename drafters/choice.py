@@ -15,7 +15,6 @@ from drafters.llama import LlamaDrafter
 from drafters.ngram import NgramDrafter
 from engine import Drafter
 from judge import RULES
-from load import parse_rule
 from model import Transformer
 
 NAMES = "llama", "eagle", "eagle-tree", "ngram"
@@ -95,7 +94,7 @@ def kind(draft: Path | str | None, tree) -> str | None:
 
 def check_rules(rules: list[str], drafters: list[str]):
     """Refuse a rule that needs the distribution of a draft that has none."""
-    rule = next((r for r in rules if RULES[parse_rule(r)[0]].needs_draft_logits), None)
+    rule = next((r for r in rules if RULES[r.partition(":")[0]].needs_draft_logits), None)
     refuse((rule and "ngram" in drafters, f"rule {rule} compares the draft's distribution with the "
             "target's, and an n-gram draft has none; leave one of them out"))
 
