@@ -14,6 +14,7 @@ from checkpoint import load, read_config
 from common import UserError
 from drafters.eagle_head import EagleHead, is_eagle, weight_bytes
 from helpers import (
+    WRONG,
     edit_json,
     edit_weights,
     put,
@@ -285,8 +286,10 @@ def test_new_save_and_load(tmp_path, target):
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         torch.bfloat16}
 
-    x = torch.randn(1, 5, D)
-    y = head.features(x, x, torch.arange(5), head.new_cache(5))
+    x = torch.randn(2, 2, 5, D)  # embeddings and states of two texts
+    y = head.features(*x, torch.arange(5), head.new_cache(5, batch=2))
+    one = head.features(*x[:, 1:], torch.arange(5), head.new_cache(5))
+    torch.testing.assert_close(y[1:], one)
     y.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
 
@@ -423,6 +426,7 @@ NO_PLACE = "has no place in an EAGLE-"
     (THREE, put({"d2t": torch.zeros(COLUMNS)}), "weight d2t is F32, not I64"),
     (THREE, put({"d2t": torch.zeros(V, dtype=torch.long)}), "weight d2t has shape [101]"),
     (THREE, put({"t2d": torch.ones(V + 1, dtype=torch.bool)}), "weight t2d has shape [102]"),
+    (THREE, say(target_hidden_size=96), "another width than its target is not implemented"),
     (THREE, say(draft_vocab_size=V + 1), "draft_vocab_size 102 is more than vocab_size 101"),
     (THREE, say(eagle_aux_hidden_state_layer_ids=[1, 3, 5]), "other layers than [2, 3, 4]"),
     (THREE, say(eagle_config=dict(use_aux_hidden_state=False)), "other layers than [2, 3, 4]"),
@@ -445,6 +449,19 @@ def test_another_target_is_refused(tmp_path, config, message):
     other = random_model(TARGET | config)
     with pytest.raises(UserError, match=message):
         load_head(write_head(tmp_path / "head", "EAGLE-3"), other)
+
+
+@pytest.mark.parametrize("key", ["eagle_target", "draft_vocab_size", "eagle_config",
+                                 "eagle_aux_hidden_state_layer_ids", "architectures",
+                                 "num_hidden_layers", "target_hidden_size"])
+def test_no_value_in_config_json_is_a_traceback(tmp_path, target, key):
+    directory = write_head(tmp_path / "head", "EAGLE-3")
+    for value in WRONG:
+        edit_json(directory / "config.json", **{key: value})
+        try:
+            assert load_head(directory, target).fc.weight.shape == (D, 3 * D)
+        except UserError as error:
+            assert "config.json" in str(error) or "TARGET" in str(error), error
 
 
 # ---------------------------------------------------------------- conversion
