@@ -215,7 +215,7 @@ def main(argv=None):
                  1 + bool(args.peer),
                  "take smaller models, --target_quant, --draft_quant or --dtype bfloat16")
     judge = load_judge(args.judge, args.target.directory) if args.judge else None
-    eagle = load_eagle(args.eagle, args.target.directory, configs[0], args.device,
+    eagle = load_eagle(args.eagle, args.target.directory, args.device,
                        args.draft_dtype) if headed else None
     read = bandwidth(args.device, args.repeats)
     if on_gpu(args.device):

@@ -154,7 +154,7 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
         models["EAGLE head"] = eagle_memory(eagle, config, dtype, draft_dtype, positions, device)
     check_memory(models, positions, rows or speculate_k + 1, device, caches)
     all_reduce.choose(speculate_k + 1, config.dim, dtype, device)
-    eagle_head = load_eagle(eagle, target, config, device, draft_dtype) if eagle else None
+    eagle_head = load_eagle(eagle, target, device, draft_dtype) if eagle else None
     model = load_model(target, config, device, dtype)
     if eagle:
         model.taps = eagle_head.taps
@@ -191,13 +191,13 @@ def load_judge(path, target) -> JudgeHead:
     return JudgeHead.load(path, config.dim, checkpoint.fingerprint(target), str(target), parent)
 
 
-def load_eagle(directory, target, config: ModelConfig, device: str,
-               dtype: torch.dtype) -> EagleHead:
-    """The EAGLE head in a directory, whole on each rank, for the checkpoint directory `target` of
-    this config; raises UserError for another's.
+def load_eagle(directory, target, device="cpu", dtype=torch.float32) -> EagleHead:
+    """The EAGLE head in a directory, whole on each rank, for the checkpoint directory `target`;
+    raises UserError for another's.
     """
     if world() > 1:
         job.check_same({"the hash of an EAGLE head": eagle_hash(directory)})
+    config = checkpoint.read_config(target)
     parent = config.quantization and config.quantization.parent
     return EagleHead.load(directory, config, str(target), checkpoint.fingerprint(target), parent,
                           device, dtype)

@@ -51,16 +51,16 @@ def tree_size(tree: tuple[int, ...] | int) -> int:
 
 def check_tree(tree: tuple[int, ...] | int, ks: list[int]):
     """Refuse a K that cannot be the height of the tree."""
-    static = not isinstance(tree, int)
     for k in ks:
-        refuse(
-            (static and k != len(tree), f"--tree {spell_tree(tree)} has {len(tree)} levels and "
-             f"--speculate_k is {k}; leave it out"),
-            (not static and k > min(tree, HEIGHT), f"--tree {tree} is at most "
-             f"{min(tree, HEIGHT)} levels high and --speculate_k is {k}; lower it"),
-            (not static and tree > sum(n * children for n, children in levels(tree, k)),
-             f"--tree {tree}: {k} levels (--speculate_k) of {EXPAND} nodes with {EXPAND} children "
-             "have fewer tokens; raise --speculate_k or lower --tree"))
+        if isinstance(tree, tuple):
+            refuse((k != len(tree), f"--tree {spell_tree(tree)} has {len(tree)} levels and "
+                    f"--speculate_k is {k}; leave it out"))
+            continue
+        most = sum(n * children for n, children in levels(tree, k))
+        refuse((k > min(tree, HEIGHT), f"--tree {tree} has at most {min(tree, HEIGHT)} levels and "
+                f"--speculate_k is {k}; lower it"),
+               (tree > most, f"--tree {tree} has more than the {most} tokens that --speculate_k "
+                f"{k} makes room for; raise it, or lower --tree"))
 
 
 def ks_of(drafter: str, tree: tuple[int, ...] | int | None, given: list[int],
@@ -81,7 +81,11 @@ def make_drafter(name: str, target: Transformer, draft: Transformer | None = Non
         return LlamaDrafter(draft)
     if name == "ngram":
         return NgramDrafter(target.norm.weight.device)
-    return EagleDrafter(eagle, target, tree if name == "eagle-tree" else None)
+    tree = tree if name == "eagle-tree" else None
+    widest = 0 if tree is None else EXPAND if isinstance(tree, int) else max(tree)
+    refuse((widest > target.config.vocab_size, f"a node of --tree has {widest} children, the "
+            f"target {target.config.vocab_size} tokens; take a narrower tree"))
+    return EagleDrafter(eagle, target, tree)
 
 
 def kind(draft: Path | str | None, tree) -> str | None:
