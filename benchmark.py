@@ -93,7 +93,7 @@ def parse_args(argv=None):
     add_drafter_flags(p)
     p.add_argument("--peer", choices=("hf",), help="compare with Hugging Face's generate too")
     p.add_argument("--speculate_k", type=numbers(int, "speculate_k"), default=None,
-                   help="list of K (default 4,8,16,32)")
+                   help="list of K (default 4,8,16,32; a tree brings its own)")
     p.add_argument("--rows", type=numbers(int, "rows"), default=ROWS, help="list of rows of the "
                    "verification passes (default 1,2,4,8,16,32,64; 1 and the largest K + 1 are "
                    "always among them); above 64 rows a GPU widens quantized weights first")

@@ -58,7 +58,6 @@ from drafters.choice import (
     make_drafter,
     most_drafted,
     resolve_drafters,
-    spell_tree,
 )
 from engine import Engine, Result, generate
 from evaluation import report
@@ -121,8 +120,7 @@ def settings_of_eagle(args) -> dict:
     if args.eagle:
         found |= {"eagle": eagle_hash(args.eagle), "eagle_name": args.eagle.resolve().name}
     if "eagle-tree" in args.drafters:
-        high = "" if isinstance(args.tree, tuple) else f", {k_of(args, 'eagle-tree')} levels"
-        found["tree"] = spell_tree(args.tree) + high
+        found["tree"] = str(args.tree)
     return found
 
 
@@ -406,7 +404,8 @@ def parse_args(argv=None):
                    f"{','.join(PLAIN)},{DEFAULT}, without draft where there is no --draft, and "
                    f"{' and '.join(judged)} with --judge)")
     p.add_argument("--limit", type=int, help="problems (demo: of each domain); default all")
-    p.add_argument("--speculate_k", type=int, help=f"drafted tokens per round (default {CHAIN})")
+    p.add_argument("--speculate_k", type=int, help=f"drafted tokens per round (default {CHAIN}; a "
+                   "tree brings its own)")
     p.add_argument("--out", type=Path, help="directory of the answers and results")
     p.add_argument("--allow_code_execution", action="store_true",
                    help="humaneval: run what the models write")

@@ -18,14 +18,15 @@ from typing import NamedTuple
 import graphs
 from common import Parser, check_apart, check_writable, refuse, tell, visible, write_json
 from drafters.choice import (
+    CHAIN,
     TREE_HELP,
+    check_k,
     check_rules,
-    check_tree,
     kind,
     ks_of,
     make_drafter,
+    most_drafted,
     parse_tree,
-    tree_size,
 )
 from engine import Engine, Result, generate
 from judge import RULES
@@ -219,7 +220,7 @@ def parse_args(argv=None):
                    "(default: judge with --judge, else standard)")
     p.add_argument("--threshold", type=float, help="the rule's parameter, given apart")
     p.add_argument("--speculate_k", type=int,
-                   help="drafted tokens per round (default 16), of a tree its levels")
+                   help=f"drafted tokens per round (default {CHAIN}; a tree brings its own)")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top_k", type=int, help="sample among the top K tokens only")
@@ -287,8 +288,8 @@ def check_drafter(args):
          "--draft_dtype is of a model's weights; --draft ngram has none"))
     check_rules([args.accept], [args.drafter])
     if args.tree:
-        check_tree(args.tree, given)
-    args.speculate_k, = ks_of(args.drafter, args.tree, given) if args.drafter else [0]
+        check_k(args.tree, given)
+    args.speculate_k, = ks_of(args.drafter, args.tree, given)
 
 
 def main():
@@ -297,13 +298,12 @@ def main():
         return show(printer, summary, legend() if use_color(sys.stdout) else "")
     args = parse_args()
     of_kind = lambda *names: args.draft if args.drafter in names else None
+    drafted = most_drafted([args.drafter] * bool(args.draft), args.tree, [args.speculate_k])
     target, draft, head, tokenizer, eagle = load_models(
         args.target, of_kind("llama"), args.judge, args.device, args.dtype,
-        args.draft_dtype, tree_size(args.tree) if args.tree else args.speculate_k,
-        lambda tokenizer: args.max_new_tokens + (
+        args.draft_dtype, drafted, lambda tokenizer: args.max_new_tokens + (
             len(tokenizer.prompt(args.prompt, args.chat)) if args.prompt else 0),
-        caches=1.5 if args.interactive else 1,
-        eagle=of_kind("eagle", "eagle-tree"))
+        caches=1.5 if args.interactive else 1, eagle=of_kind("eagle", "eagle-tree"))
     drafter = make_drafter(args.drafter, target, draft, eagle, args.tree) if args.draft else None
     engine = Engine(target, drafter, head, args.accept, args.parameter, args.speculate_k,
                     args.temperature, args.top_k, args.top_p, args.seed)

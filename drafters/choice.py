@@ -1,14 +1,11 @@
-"""The drafters as the commands spell them: their names, trees and K's, and what makes one.
-
-A tree is told by the children of its nodes, depth by depth, such as (4, 2, 1); EAGLE-2's dynamic
-one by its number of tokens.
-"""
+"""The drafters as the commands spell them: their names and trees, and what makes one."""
 import argparse
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
+from typing import NamedTuple
 
-from common import refuse
+from common import UserError, refuse
 from drafters.eagle import EXPAND, HEIGHT, EagleDrafter, levels
 from drafters.eagle_head import EagleHead, is_eagle
 from drafters.llama import LlamaDrafter
@@ -18,70 +15,81 @@ from judge import RULES
 from model import Transformer
 
 NAMES = "llama", "eagle", "eagle-tree", "ngram"
-CHAIN, LEVELS, TREE = 16, 8, 26  # by default: K of a chain, and of a dynamic tree; its tokens
+CHAIN, LEVELS, TREE = 16, 8, "26"  # by default: K of a chain, levels of a dynamic tree, the tree
 NODES = 512  # tokens of a tree at most: its mask and its logits grow with them
-TREE_HELP = ("a tree of drafts of an EAGLE head: 4,2,1, the children of each node by depth, or 26, "
-             f"the tokens of EAGLE-2's dynamic tree, --speculate_k levels high (default {LEVELS})")
+TREE_HELP = ("a tree of drafts of an EAGLE head: 4,2,1, the children of each node by depth; or 26, "
+             f"the tokens of EAGLE-2's dynamic tree of {LEVELS} levels (26:5 of 5)")
 
 
 # ---------------------------------------------------------------- trees
 
-def parse_tree(text: str) -> tuple[int, ...] | int:
-    """The tree that --tree spells: 4,2,1 -> (4, 2, 1), 26 -> 26. Raises UserError."""
-    try:
-        tree = tuple(map(int, text.split(",")))
-    except ValueError:
-        tree = ()
-    refuse((not tree or min(tree) < 1, f"--tree {text}: give whole numbers from 1, the children of "
-            "each node by depth, such as 4,2,1, or the tokens of a dynamic tree, such as 26"))
-    tree = tree if len(tree) > 1 else tree[0]
-    refuse((tree_size(tree) > NODES,
-            f"--tree {text} has {tree_size(tree)} tokens; {NODES} is the most"))
-    return tree
-
-
-def spell_tree(tree: tuple[int, ...] | int) -> str:
-    return str(tree) if isinstance(tree, int) else ",".join(map(str, tree))
-
-
-def tree_size(tree: tuple[int, ...] | int) -> int:
-    """The tokens of a tree."""
-    return tree if isinstance(tree, int) else sum(accumulate(tree, mul))
-
-
-def check_tree(tree: tuple[int, ...] | int, ks: list[int]):
-    """Refuse a K that cannot be the height of the tree."""
-    for k in ks:
-        if isinstance(tree, tuple):
-            refuse((k != len(tree), f"--tree {spell_tree(tree)} has {len(tree)} levels and "
-                    f"--speculate_k is {k}; leave it out"))
-            continue
-        most = sum(n * children for n, children in levels(tree, k))
-        refuse((k > min(tree, HEIGHT), f"--tree {tree} has at most {min(tree, HEIGHT)} levels and "
-                f"--speculate_k is {k}; lower it"),
-               (tree > most, f"--tree {tree} has more than the {most} tokens that --speculate_k "
-                f"{k} makes room for; raise it, or lower --tree"))
-
-
-def ks_of(drafter: str, tree: tuple[int, ...] | int | None, given: list[int],
-          default=(CHAIN,)) -> list[int]:
-    """The K's of a drafter's rounds: those given, or by default; a static tree has but its height.
+class Shape(NamedTuple):
+    """A tree as EagleDrafter takes it: of each depth the children of a node, or a dynamic one's
+    number of tokens; and its height, which is its rounds' K.
     """
-    if drafter != "eagle-tree":
-        return given or list(default)
-    return [len(tree)] if isinstance(tree, tuple) else given or [min(LEVELS, tree)]
+    tree: tuple[int, ...] | int
+    height: int
+
+    @property
+    def tokens(self) -> int:
+        return self.tree if isinstance(self.tree, int) else sum(accumulate(self.tree, mul))
+
+    def __str__(self):
+        return f"{self.tree}:{self.height}" if isinstance(self.tree, int) else ",".join(
+            map(str, self.tree))
+
+
+def parse_tree(text: str) -> Shape:
+    """The tree that --tree spells: 4,2,1 or 26 or 26:5. Raises UserError."""
+    children, colon, height = text.partition(":")
+    try:
+        tree = tuple(map(int, children.split(",")))
+        shape = Shape(tree, len(tree)) if len(tree) > 1 else Shape(
+            tree[0], int(height) if colon else min(LEVELS, tree[0]))
+        if min(*tree, shape.height) < 1 or len(tree) > 1 and colon:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--tree {text}: give whole numbers from 1, the children of each node by "
+                        "depth, such as 4,2,1, or a dynamic tree's tokens and levels, such as 26 "
+                        "or 26:5") from None
+    most = min(HEIGHT, shape.tokens) if isinstance(shape.tree, int) else shape.height
+    refuse((shape.tokens > NODES, f"--tree {text} has {shape.tokens} tokens; {NODES} is the most"),
+           (shape.height > most, f"--tree {text} can have at most {most} levels"))
+    room = sum(n * children for n, children in levels(*shape))
+    refuse((shape.tokens > room, f"--tree {text}: so few levels have room for {room} tokens only, "
+            f"{EXPAND} after each of {EXPAND} nodes; give more levels, or fewer tokens"))
+    return shape
+
+
+def check_k(tree: Shape, given: list[int]):
+    """Refuse another K than a tree's where nothing else is drafted."""
+    for k in given:
+        refuse((k != tree.height, f"--speculate_k is {k}, and --tree {tree} has {tree.height} "
+                "levels; leave out --speculate_k"))
+
+
+def ks_of(drafter: str, tree: Shape | None, given: list[int], default=(CHAIN,)) -> list[int]:
+    """The K's of a drafter's rounds: a tree's height, else those given, or by default."""
+    return [tree.height] if drafter == "eagle-tree" else given or list(default)
+
+
+def most_drafted(drafters: list[str], tree: Shape | None, given: list[int],
+                 default=(CHAIN,)) -> int:
+    """The most tokens that a round drafts; 0 where nothing drafts."""
+    return max((tree.tokens if name == "eagle-tree" else max(ks_of(name, tree, given, default))
+                for name in drafters), default=0)
 
 
 # ---------------------------------------------------------------- drafters
 
 def make_drafter(name: str, target: Transformer, draft: Transformer | None = None,
-                 eagle: EagleHead | None = None, tree=None) -> Drafter:
+                 eagle: EagleHead | None = None, tree: Shape | None = None) -> Drafter:
     """A new drafter of a name in NAMES, with caches of its own. tree: eagle-tree's."""
     if name == "llama":
         return LlamaDrafter(draft)
     if name == "ngram":
         return NgramDrafter(target.norm.weight.device)
-    tree = tree if name == "eagle-tree" else None
+    tree = tree.tree if name == "eagle-tree" else None
     widest = 0 if tree is None else EXPAND if isinstance(tree, int) else max(tree)
     refuse((widest > target.config.vocab_size, f"a node of --tree has {widest} children, the "
             f"target {target.config.vocab_size} tokens; take a narrower tree"))
@@ -135,12 +143,5 @@ def resolve_drafters(args: argparse.Namespace, rules: list[str], ks: list[int]):
             "--tree is the drafter eagle-tree's; add it to --drafters"))
     check_rules(rules, args.drafters)
     if "eagle-tree" in args.drafters:
-        args.tree = args.tree or TREE
-        alone = args.drafters == ["eagle-tree"]  # else K is the chains' too
-        check_tree(args.tree, ks if alone or isinstance(args.tree, int) else [])
-
-
-def most_drafted(drafters: list[str], tree, given: list[int], default=(CHAIN,)) -> int:
-    """The most tokens that a round drafts."""
-    return max((tree_size(tree) if name == "eagle-tree" else max(ks_of(name, tree, given, default))
-                for name in drafters), default=0)
+        args.tree = args.tree or parse_tree(TREE)
+        check_k(args.tree, ks if args.drafters == ["eagle-tree"] else [])

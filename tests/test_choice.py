@@ -154,18 +154,20 @@ BAD = [
     ([*LLAMA, "--tree", "4,2"], "--tree needs an EAGLE head as --draft; {}/draft holds a Llama"),
     ([*NGRAM, "--tree", "26"], "--tree needs an EAGLE head"),
     *(([*EAGLE, "--tree", tree], f"--tree {tree}: give whole numbers from 1") for tree in
-      ("", "0", "4,0", "4,-1", "4,,2", "2.5", "x", "4;2", "nan")),
+      ("", "0", "4,0", "4,-1", "4,,2", "2.5", "x", "4;2", "nan", "26:", "26:0", "26:x",
+                  "4,2:2", "26:3:2")),
     ([*EAGLE, "--tree", "9" * 5000], "--tree 9999"),
     ([*EAGLE, "--tree", "10,10,10"], "--tree 10,10,10 has 1110 tokens; 512 is the most"),
     ([*EAGLE, "--tree", "513"], "--tree 513 has 513 tokens; 512 is the most"),
     ([*EAGLE, "--tree", "512"], "a round of 512 drafted tokens does not fit the context of 512"),
     ([*EAGLE, "--speculate_k", "512"], "a round of 512 drafted tokens does not fit"),
     ([*NGRAM, "--speculate_k", "512"], "a round of 512 drafted tokens does not fit"),
-    ([*EAGLE, "--tree", "4,2,1", "--speculate_k", "4"], "--tree 4,2,1 has 3 levels and "
-     "--speculate_k is 4; leave it out"),
-    ([*EAGLE, "--tree", "6", "--speculate_k", "7"], "--tree 6 has at most 6 levels"),
-    ([*EAGLE, "--tree", "60", "--speculate_k", "33"], "--tree 60 has at most 32 levels"),
-    ([*EAGLE, "--tree", "11", "--speculate_k", "1"], "--tree 11 has more than the 10 tokens"),
+    *(([*EAGLE, "--tree", tree, "--speculate_k", "4"], f"--speculate_k is 4, and --tree {shape} "
+       f"has {n} levels; leave out") for tree, shape, n in (("4,2,1", "4,2,1", 3), ("26", "26:8", 8)
+                                                           )),
+    ([*EAGLE, "--tree", "6:7"], "--tree 6:7 can have at most 6 levels"),
+    ([*EAGLE, "--tree", "60:33"], "--tree 60:33 can have at most 32 levels"),
+    ([*EAGLE, "--tree", "11:1"], "--tree 11:1: so few levels have room for 10 tokens"),
     ([*NGRAM, "--accept", "kl:0.5"], "rule kl compares the draft's distribution"),
     ([*NGRAM, "--draft_dtype", "float32"], "--draft_dtype is of a model's weights"),
     ([*NGRAM, "--speculate_k", "0"], "--speculate_k is 0"),
@@ -191,28 +193,30 @@ def test_what_does_not_fit_is_one_line_before_a_models_weights_are_read(
 # ---------------------------------------------------------------- trees
 
 def test_the_size_of_a_tree_is_what_is_drafted():
-    fitting = 0
-    for text in ("1", "7", "10", "11", "60", "512", "1,1", "4,2,1", "3,1,1,2"):
-        tree = C.parse_tree(text)
-        assert C.spell_tree(tree) == text
+    for text, height in (("1", 1), ("7", 7), ("10", 8), ("512", 8), ("4,2,1", 3), ("3,1,1,2", 4)):
+        shape = C.parse_tree(text)
+        assert shape.height == height and C.parse_tree(str(shape)) == shape
+        assert EagleDrafter(None, None, shape.tree).size(height) == shape.tokens
+    assert C.parse_tree("4,2,1").tokens == 4 + 8 + 8 and str(C.parse_tree("26")) == "26:8"
+    fitting = {}
+    for tokens in (1, 5, 10, 11, 60, 110, 111, 400):
         for k in range(1, 34):
             try:
-                C.check_tree(tree, [k])
+                shape = C.parse_tree(f"{tokens}:{k}")
             except UserError:
                 continue
-            fitting += 1
-            assert EagleDrafter(None, None, tree).size(k) == C.tree_size(tree), (text, k)
-        [k] = C.ks_of("eagle-tree", tree, [])
-        C.check_tree(tree, [k])  # the default fits
-    assert fitting > 60
-    assert C.tree_size((4, 2, 1)) == 4 + 8 + 8
+            assert EagleDrafter(None, None, tokens).size(k) == tokens == shape.tokens
+            fitting.setdefault(tokens, []).append(k)
+    assert {n: (ks[0], ks[-1]) for n, ks in fitting.items()} == {
+        1: (1, 1), 5: (1, 5), 10: (1, 10), 11: (2, 11), 60: (2, 32), 110: (2, 32), 111: (3, 32),
+        400: (5, 32)}
 
 
 def test_a_tree_wider_than_the_vocabulary(home):
     target = random_model(tiny_config(vocab_size=9))
-    for tree, n in ((11, 10), ((3, 12), 12)):
+    for tree, n in (("11", 10), ("3,12", 12)):
         with pytest.raises(UserError, match=f"has {n} children, the target 9 tokens"):
-            C.make_drafter("eagle-tree", target, tree=tree)
+            C.make_drafter("eagle-tree", target, tree=C.parse_tree(tree))
 
 
 # ---------------------------------------------------------------- eval.py
@@ -255,16 +259,16 @@ def test_every_rule_with_every_drafter(home, tmp_path, capsys):
     assert r["standard_equals_target"] == {"same": 12, "of": 12, "different": []}
     shown = capsys.readouterr().out
     for line in ("| judge    | eagle-tree |", "| target   |          – |",
-                 "demo: target with draft and eagle, K = 5, tree 12, 5 levels, greedy",
+                 "demo: target with draft and eagle, K = 5, tree 12:8, greedy",
                  "on 12 of 12 answers with llama, eagle, eagle-tree, ngram (float32)"):
         assert line in shown, shown
     settings = json.loads((out / "settings.json").read_text())
-    assert (settings["eagle_name"], settings["tree"]) == ("eagle", "12, 5 levels")
+    assert (settings["eagle_name"], settings["tree"]) == ("eagle", "12:8")
 
     # The same again makes nothing, other heads and trees are refused, --rescore keeps the columns.
     data = (out / "answers.jsonl").read_bytes()
     E.main(more)
-    for other, message in ((["--tree", "4,2"], "tree was 12, 5 levels, now 4,2"),
+    for other, message in ((["--tree", "12:5"], "tree was 12:8, now 12:5"),
                            (["--eagle", str(home / "retrained")], "eagle was [0-9a-f]+, now")):
         with pytest.raises(UserError, match=message):
             E.main([*more, *other])
@@ -299,9 +303,10 @@ def test_the_default_drafters_are_what_is_given(home):
     draft, eagle = ["--draft", "d"], ["--eagle", "e"]
     for args, drafters, tree in ((draft, ["llama"], None), (eagle, ["eagle"], None),
                                  ([*draft, *eagle], ["llama", "eagle"], None),
-                                 ([*eagle, "--tree", "4,2"], ["eagle", "eagle-tree"], (4, 2)),
+                                 ([*eagle, "--tree", "4,2"], ["eagle", "eagle-tree"],
+                                  C.Shape((4, 2), 2)),
                                  ([*eagle, "--drafters", "ngram, eagle-tree,ngram"],
-                                  ["ngram", "eagle-tree"], 26)):
+                                  ["ngram", "eagle-tree"], C.Shape(26, 8))):
         args = parse(*args)
         assert (args.drafters, args.tree) == (drafters, tree)
         assert ("draft" in args.rows) == ("llama" in drafters)
@@ -321,9 +326,7 @@ def test_the_default_drafters_are_what_is_given(home):
      "--tree is the drafter eagle-tree's"),
     (["--drafters", "ngram", "--rules", "standard,kl:0.5"], "rule kl:0.5 compares the draft's"),
     (["--drafters", "eagle-tree", "--eagle", "e", "--tree", "4,2", "--speculate_k", "3"],
-     "--tree 4,2 has 2 levels and --speculate_k is 3"),
-    (["--drafters", "eagle,eagle-tree", "--eagle", "e", "--tree", "4", "--speculate_k", "5"],
-     "--tree 4 has at most 4 levels"),
+     "--speculate_k is 3, and --tree 4,2 has 2 levels"),
     (["--replay", "f", "--drafters", "ngram"], "leave out --drafters, --eagle and --tree"),
     (["--replay", "f", "--eagle", "e"], "leave out --drafters, --eagle and --tree"),
 ])
@@ -373,11 +376,10 @@ def test_the_benchmark_compares_drafters_on_prompts(home, capsys):
         "standard", "topk:9"))]
     assert all(v["same_tokens_as_target"] == 1 for name, v in made.items() if "topk" not in name)
     assert "standard/eagle-tree K=2" in capsys.readouterr().out
-    # A dynamic tree has a default height where no K is given, else each K is one.
-    for k, ks in ((["--speculate_k", "3,5"], [3, 5]), ([], [8])):
-        args = B.parse_args([*flags, "--drafters", "eagle-tree,llama", *k])
-        assert args.ks == {"eagle-tree": ks, "llama": args.speculate_k} and args.drafted == max(
-            26, *args.speculate_k)
+    args = B.parse_args([*flags, "--drafters", "eagle-tree,llama"])  # K's are the chains'
+    assert args.ks == {"eagle-tree": [8], "llama": [4, 8, 16, 32]} and args.drafted == 32
+    args = B.parse_args([*flags, "--drafters", "eagle-tree,llama", "--tree", "60"])
+    assert args.drafted == 60
 
 
 @pytest.mark.parametrize("args, message", [
@@ -387,7 +389,7 @@ def test_the_benchmark_compares_drafters_on_prompts(home, capsys):
     (["--prompts", "{}/problems.jsonl", "--drafters", "ngram", "--rules", "kl:1"],
      "rule kl:1 compares"),
     (["--prompts", "{}/problems.jsonl", "--drafters", "eagle-tree", "--eagle", "{}/eagle", "--tree",
-      "26", "--speculate_k", "4,32"], "--tree 26 has at most 26 levels"),
+      "26", "--speculate_k", "8,32"], "--speculate_k is 32, and --tree 26:8 has 8 levels"),
     (["--prompts", "{}/problems.jsonl", "--drafters", "eagle-tree", "--eagle", "{}/eagle", "--tree",
       "512"], "a round of 512 drafted tokens does not fit the models' context of 512"),
     (["--prompts", "{}/problems.jsonl", "--eagle", "{}/others"], "was trained on target"),
