@@ -280,21 +280,21 @@ def test_every_rule_with_every_drafter(home, tmp_path, capsys):
 
 
 def test_rows_are_made_by_the_drafters_they_name(home, tmp_path):
-    """Without a Llama draft, with a static tree of another height than K."""
-    flags = filled(home, ["--task", "demo", "--data", "{}/problems.jsonl", "--target", "{}/target",
-                          "--eagle", "{}/eagle", *CPU, "--rules", "topk:40", "--out", tmp_path])
-    E.main([*flags, "--drafters", "eagle,eagle-tree", "--tree", "3,2", "--speculate_k", "4"])
-    eagle = load.load_eagle(home / "eagle", home / "target")
+    """With a static tree of another height than K, and without the Llama, which none names."""
+    args = E.parse_args(filled(home, [
+        "--task", "demo", "--data", "{}/problems.jsonl", "--target", "{}/target", "--eagle",
+        "{}/eagle", *CPU, "--rules", "topk:40", "--out", tmp_path, "--drafters", "eagle,eagle-tree",
+        "--tree", "3,2", "--speculate_k", "4", "--draft", "{}/draft"]))
+    task, eagle = E.TASKS["demo"](), load.load_eagle(home / "eagle", home / "target")
     target = checkpoint.load(home / "target", dtype=torch.float32)
-    task, got = E.TASKS["demo"](), rows_of(tmp_path)
-    tokenizer = load.read_vocabulary(home / "target")[1]
+    session = E.Session(args, task.load(home / "problems.jsonl"))
+    assert session.models.draft is None and len(session.engines) == 2
     for row, tree, k in (("topk:40/eagle", None, 4), ("topk:40/eagle-tree", (3, 2), 2)):
         e = Engine(target, EagleDrafter(eagle, target, tree), None, "topk", 40, k)
-        for example in task.load(home / "problems.jsonl"):
-            r = generate(e, tokenizer.encode(task.prompt(example)), 24, tokenizer.eos_ids)
-            a = got[row, example["id"]]
-            assert (a["tokens"], a["rounds"]) == (r.tokens, r.rounds)
-    assert len(got) == 6
+        assert session.engines[row].speculate_k == k
+        for i, prompt in enumerate(session.prompts):
+            r, a = generate(e, prompt, 24, session.tokenizer.eos_ids), session.answer(row, i)
+            assert (a["rule"], a["tokens"], a["rounds"]) == (row, r.tokens, r.rounds)
 
 
 def test_the_default_drafters_are_what_is_given(home):
@@ -363,19 +363,23 @@ def test_the_picture_tells_drafters_by_markers(tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- benchmark.py
 
-def test_the_benchmark_compares_drafters_on_prompts(home, capsys):
+def test_the_benchmark_compares_drafters_on_prompts(home, capsys, monkeypatch):
+    reserve, grown = Engine.reserve, []
+    monkeypatch.setattr(Engine, "reserve", lambda e, length: (
+        grown.append(-e.capacity), reserve(e, length), grown.append(e.capacity)))
     flags = filled(home, ["--target", "{}/target", "--draft", "{}/draft", "--eagle", "{}/eagle",
                           "--prompts", "{}/problems.jsonl", "--no_compile", "--repeats", "1",
                           "--max_new_tokens", "12", "--accepted", "2", "--rows", "2",
                           "--prompt_tokens", "9", *CPU])
-    r = B.main([*flags, "--speculate_k", "3", "--drafters", ALL, "--tree", "2,2", "--rules",
-                "standard,topk:9"])
+    r = B.main([*flags, "--speculate_k", "3", "--drafters", ALL, "--tree", "300:4",
+                "--rules", "standard,topk:9"])
+    assert sum(grown) == 0 and -512 in grown  # what was counted is enough for a tree
     made = {v["variant"]: v for v in r["real"]["variants"]}
     assert list(made) == ["target", *(f"{rule}{name} K={k}" for name, k in (
-        ("", 3), ("/eagle", 3), ("/eagle-tree", 2), ("/ngram", 3)) for rule in (
+        ("", 3), ("/eagle", 3), ("/eagle-tree", 4), ("/ngram", 3)) for rule in (
         "standard", "topk:9"))]
     assert all(v["same_tokens_as_target"] == 1 for name, v in made.items() if "topk" not in name)
-    assert "standard/eagle-tree K=2" in capsys.readouterr().out
+    assert "standard/eagle-tree K=4" in capsys.readouterr().out
     args = B.parse_args([*flags, "--drafters", "eagle-tree,llama"])  # K's are the chains'
     assert args.ks == {"eagle-tree": [8], "llama": [4, 8, 16, 32]} and args.drafted == 32
     args = B.parse_args([*flags, "--drafters", "eagle-tree,llama", "--tree", "60"])
