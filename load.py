@@ -205,8 +205,8 @@ def load_eagle(directory, target, device="cpu", dtype=torch.float32) -> EagleHea
 
 def eagle_hash(directory) -> str:
     """What tells one EAGLE head's directory from another's."""
-    files = *checkpoint.weight_files(directory), Path(directory, "config.json")
-    return "".join(map(file_hash, files))
+    weights = sorted(Path(directory).glob("*.safetensors"))  # none where they are pickled, still
+    return "".join(map(file_hash, (*weights, Path(directory, "config.json"))))
 
 
 def eagle_memory(directory, target: ModelConfig, dtype: torch.dtype, own_dtype: torch.dtype,

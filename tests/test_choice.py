@@ -337,11 +337,17 @@ def test_what_eval_refuses(home, args, message):
     assert "\n" not in str(e.value)
 
 
-def test_another_targets_head_leaves_nothing(home, tmp_path, monkeypatch):
+def test_a_head_that_is_refused_leaves_nothing(home, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("weights were read"))
-    with pytest.raises(UserError, match="was trained on target"):
-        E.main([*flags_of(home, "--eagle", "{}/others", "--out", tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
+    shutil.copytree(home / "eagle", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    for head, message in ((home / "others", "was trained on target"),
+                          (home / "draft", "draft holds no EAGLE head"),
+                          (home / "nowhere", "cannot read .*nowhere/config.json"),
+                          (tmp_path / "pickled", "convert_hf_checkpoint.py --checkpoint_dir")):
+        with pytest.raises(UserError, match=message):
+            E.main([*flags_of(home, "--eagle", head, "--out", tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_picture_tells_drafters_by_markers(tmp_path, monkeypatch):
