@@ -14,6 +14,7 @@ Answers are on disk as they are made, in OUT/answers.jsonl, and the state of tra
 OUT/train.safetensors: after any kill the same command goes on, to the same weights as without. The
 target reads the texts again in every epoch, so no hidden states are kept. One process.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -91,6 +92,8 @@ def read_prompts(args, config: ModelConfig, tokenizer: Tokenizer) -> list[Prompt
         refuse((len(ids) + 1 >= config.max_seq_len, f"{line.where}: the prompt has {len(ids)} "
                 f"tokens, the target's context is {config.max_seq_len}; shorten or drop it"))
         prompts.setdefault(text, Prompt(line.number, text, ids))
+    refuse((len(prompts) < 2, f"{args.prompts} holds one prompt only; some are held out, so give "
+            "two or more prompts"))
     return list(prompts.values())
 
 
@@ -141,10 +144,11 @@ def answer(target: Transformer, prompts: list[list[int]], room: int, eos_ids, te
 
 def make_answers(args, target: Transformer, tokenizer: Tokenizer, prompts: list[Prompt],
                  log: AnswerLog):
-    """Add the answers that the log lacks."""
+    """Add the answers that the log lacks, and close it."""
     done = {line["number"] for line in log.values}
     eos_ids = sorted(tokenizer.eos_ids)
-    with tqdm(total=len(prompts), desc="target answers", unit="answer", disable=None) as bar:
+    with contextlib.closing(log), tqdm(total=len(prompts), desc="target answers", unit="answer",
+                                       disable=None) as bar:
         for i, group in enumerate(groups(prompts)):
             if all(p.number in done for p in group):
                 bar.update(len(group))
@@ -157,6 +161,8 @@ def make_answers(args, target: Transformer, tokenizer: Tokenizer, prompts: list[
                     log.append({"number": p.number, "prompt": p.text,
                                 "answer": tokenizer.decode_new(p.ids, words), "tokens": tokens})
                 bar.update()
+        if log.end() > log.size:
+            log.open()  # writes the line end that a kill left out
 
 
 def seed_of(*parts) -> int:
