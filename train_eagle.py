@@ -493,8 +493,7 @@ def main():
     args = parse_args()
     config, tokenizer = read_vocabulary(args.target)
     prompts = read_prompts(args, config, tokenizer)
-    made = {"target": fingerprint(args.target), "device": torch.device(args.device).type,
-            "dtype": dtype_name(args.dtype), "seed": args.seed}
+    made = {"target": fingerprint(args.target), "seed": args.seed}
     settings = made | {"prompts": file_hash(args.prompts), "chat": args.chat,
                        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     path, about = args.out / "answers.jsonl", args.out / "answers.settings.json"
@@ -515,7 +514,8 @@ def main():
              for part in (False, True)]
     refuse((not all(parts), f"{args.prompts}: both a training and a held-out part need a prompt "
             "with an answer of two tokens or more; give more prompts"))
-    made |= {"texts": hash_of(texts), **{key: getattr(args, key) for key in (
+    made |= {"device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
+             "texts": hash_of(texts), **{key: getattr(args, key) for key in (
         "ffn_dim", "unroll", "epochs", "batch", "lr", "val_share")}}
     say(f"{len(parts[0]):,} answers of {sum(len(t.ids) - t.start for t in parts[0]):,} tokens to "
         f"train on, {len(parts[1]):,} held out")
