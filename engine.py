@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import judge
@@ -68,6 +69,7 @@ class Settings:
     top_k: int | None
     top_p: float | None
     vocab_size: int  # the target's; a draft may have more or fewer, by padding
+    certain: bool = False  # the drafter's
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return judge.probabilities(logits, self.temperature, self.top_k, self.top_p)
@@ -78,7 +80,8 @@ class Settings:
 
     @property
     def needs_draft_logits(self) -> bool:
-        return not self.greedy or RULES.get(self.accept, judge.Rule()).needs_draft_logits
+        rule = RULES.get(self.accept, judge.Rule())
+        return rule.needs_draft_logits or not (self.greedy or self.certain)
 
 
 def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
@@ -86,74 +89,90 @@ def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
     return judge.top1(logits) if s.greedy else judge.sample(s.probabilities(logits), noise)
 
 
-def play_round(e: "Engine", span: int):
-    """One round on the device, from e.outcome to e.outcome; attention looks at `span` positions."""
-    k, s, state = e.speculate_k, e.settings, e.state
+def play_round(e: "Engine", span: int, k: int) -> int:
+    """One round on the device, from e.outcome to e.outcome; attention looks at `span` positions.
+    Returns its K, of which the drafter may have stopped short.
+    """
+    s, state = e.settings, e.state
 
     # 1. draft: K tokens, and the logits they come from where acceptance compares them
-    drafted, draft_logits = state.last[:0], None
+    drafted, draft_logits, tree = state.last[:0], None, ()
     if k:
-        drafted, draft_logits = e.drafter.propose(state, k, span, s, e.noise(k))
-        drafted = e.agree(drafted)
+        drafted, draft_logits, *tree = e.drafter.propose(state, k, span, s, e.noise(k))
+        drafted, k = e.agree(drafted), tree[0].height if tree else len(drafted)
 
-    uniform = None if s.greedy or not k else torch.rand(k, device=e.device, generator=e.rng)
-    outcome, tokens, pos, hidden = e.verify_and_accept(
-        e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform, e.noise(1))
-    e.outcome.copy_(e.agree(outcome))
-    if k and e.drafter.wants_hidden:
-        e.drafter.read(tokens, pos, hidden, span)
+    uniform = None if s.greedy or s.certain or not k else torch.rand(
+        k, device=e.device, generator=e.rng)
+    outcome, *read = e.verify_and_accept(
+        e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform,
+        e.noise(len(drafted) + 1 if s.certain else 1), tree=tree[0] if tree else None)
+    e.outcome[-len(outcome):].copy_(e.agree(outcome))
+    if e.drafter and e.drafter.wants_hidden:
+        e.drafter.read(*read, span)
+    return k
 
 
 def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache, s: Settings,
-                      state: State, drafted: Tensor, *more, decided=None):
+                      state: State, drafted: Tensor, *more, tree=None, decided=None):
     """The target's part of a round: what `decide` makes of it (`decided`: compiled apart), and the
     tokens [K + 1] the target read, their positions and its hidden states at them [K + 1, D].
     """
     # 2. verify and judge: one pass over the last token and the drafted ones
     tokens = torch.cat((state.last[1:], drafted))
     pos = state.length - 1 + torch.arange(len(tokens), device=tokens.device)
-    hidden = target.features(tokens[None], pos, cache)[0]
-    return (decided or decide)(target, head, s, state, hidden, drafted, *more), tokens, pos, hidden
+    hidden = target.features(tokens[None], pos, cache, *(tree.where(pos, cache) if tree else ()))[0]
+    outcome, path = (decided or decide)(target, head, s, state, hidden, drafted, *more, tree)
+    read = tokens, pos, hidden
+    return outcome, *(tree.keep(cache, path, *read) if tree else read)
 
 
 def decide(target: Transformer, head: JudgeHead | None, s: Settings, state: State, hidden: Tensor,
-           drafted: Tensor, draft_logits: Tensor | None, uniform: Tensor | None,
-           noise: Tensor | None) -> Tensor:
+           drafted: Tensor, draft_logits: Tensor, uniform: Tensor, noise: Tensor, tree=None):
     """The packed outcome of the target's hidden states [K + 1, D], which LM head and judge read.
-
-    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V].
+    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V], [K + 1, V] if s.certain.
+    A tree has N drafted tokens for K; the rows of the path it keeps, [height + 1], come too.
     """
+    hidden = hidden[:, :target.config.dim]  # without the taps
     logits, scores = target.output(hidden), None if head is None else head(hidden[1:])
+    before = tree.before(logits) if tree else logits[:-1]
 
-    # 3. accept: the longest prefix that the standard test or the rule lets in
-    v = Verified(logits[:-1], hidden[1:], drafted, draft_logits, scores)
-    accepted, own, passed = accept(v, logits, state.room, s, uniform, noise)
+    # 3. accept: the longest prefix, or path of a tree, that the standard test or the rule lets in
+    v = Verified(before, hidden[1:], drafted, draft_logits, scores)
+    passed, token_after = standard_test(v, logits, s, uniform, noise, tree)
+    mask = judge.accept_mask(passed, v, s.accept, s.parameter) if len(drafted) else passed
+    n, end, path = (tree.longest if tree else longest_prefix)(mask, passed, state.room)
+    own = token_after(end, n < state.room)
+    drafted, passed = (t if path is None else t[path[1:] - 1] for t in (drafted, passed))
 
     # 4. next state: the text ends with the accepted tokens and the target's own
-    state = next_state(state, drafted, accepted, own)
-    return pack(Outcome(accepted, own, drafted, passed, state))
+    return pack(Outcome(n, own, drafted, passed, next_state(state, drafted, n, own))), path
 
 
-def accept(v: Verified, logits: Tensor, room: Tensor, s: Settings, uniform: Tensor | None,
-           noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens to keep [1], at most `room`; the target's token after them [1]; what passed the
-    standard test [K]. logits [K + 1, V].
+def longest_prefix(mask: Tensor, passed: Tensor, room: Tensor) -> tuple[Tensor, Tensor, None]:
+    """The run of True from the front of mask [K], at most `room`: its length and last row, [1]."""
+    n = torch.minimum(mask.long().cumprod(0).sum()[None], room)
+    return n, n, None
+
+
+def standard_test(v: Verified, logits: Tensor, s: Settings, uniform: Tensor | None,
+                  noise: Tensor | None, tree=None):
+    """bool [K]: what the target may have written itself; and a function: its token [1] after the
+    last accepted row, end [1], of logits [K + 1, V], where tested [1] says if the next one was.
     """
-    if not len(v.drafted):
-        return torch.zeros_like(room), choose(logits, s, noise), v.drafted
-    if s.greedy:
-        passed = judge.top1(v.logits) == v.drafted
-    else:
-        p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
-        passed = judge.rejection_test(p[:-1], q, v.drafted, uniform)
-    mask = judge.accept_mask(passed, v, s.accept, s.parameter)
-    n = torch.minimum(mask.long().cumprod(0).sum()[None], room)  # the run of True from the front
-    if s.greedy:
-        return n, judge.top1(logits.index_select(0, n)), passed
-    q = torch.nn.functional.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1))  # 0 beyond its columns
-    # Where all that may be kept was kept, the next token was never tested: the residual is p.
-    q = q.index_select(0, n) * (n < room)[:, None]
-    return n, judge.sample(judge.residual(p.index_select(0, n), q), noise), passed
+    if s.greedy or s.certain or not len(v.drafted):
+        # Drafted for certain, q = 1, a token passes with probability p, and one of siblings at most
+        # (recursive rejection): as likely as the target drawing it. So it draws first.
+        own = choose(logits, s, noise)
+        before = tree.before(own) if tree else own[:-1]
+        return before == v.drafted, lambda end, tested: own.index_select(0, end)
+    p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
+
+    def after(end, tested):
+        # Where all that may be kept was kept, the next token was never tested: the residual is p.
+        rest = F.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1)).index_select(0, end) * tested[:, None]
+        return judge.sample(judge.residual(p.index_select(0, end), rest), noise)
+
+    return judge.rejection_test(p[:-1], q, v.drafted, uniform), after
 
 
 def next_state(state: State, drafted: Tensor, accepted: Tensor, own: Tensor) -> State:
@@ -166,6 +185,9 @@ class Drafter:
     """What proposes tokens, on the device and in shapes that no value changes; subclass it."""
     context = math.inf  # positions that it can read
     wants_hidden = False  # True: `read` is called after every round too, not for the prompt only
+    certain = False  # True: what it drafts does not depend on the noise
+    has_logits = True  # False: `propose` never has any, so rules that need them are refused
+    skips = False  # True: `plan` may say 0
 
     def new_cache(self, length: int):
         """Make room for `length` positions; what was read stays."""
@@ -177,80 +199,60 @@ class Drafter:
         new one, which is the state's last. Positions that the text does not keep come again.
         """
 
+    def plan(self, text: list[int], k: int) -> int:
+        """How many tokens the next round drafts, of k, decided on the host; 0: it only decodes."""
+        return k
+
+    def size(self, k: int) -> int:
+        """The tokens that `propose` gives: k in a chain, in a tree of height k its nodes."""
+        return k
+
     def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
         """Tokens [k] to follow the text, and the logits [k, V or fewer] they were chosen from.
 
         state.last is the text's end. Without s.needs_draft_logits the logits may be None; for a
-        certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling.
+        certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling. Where tokens
+        do not follow one another a third value, a drafters.tree.Tree, says how they do.
         """
         raise NotImplementedError  # every drafter has its own
+
+    def compile(self, build, by_block, whole):
+        """graphs.py: compile what `propose` consists of; see LlamaDrafter's."""
 
 
 def next_token(model: Transformer, hidden: Tensor, s: Settings,
                noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The token [1] after hidden [1, D] and, where needed, its logits [1, V or fewer]."""
-    logits = model.output(hidden)[:, :s.vocab_size]
+    """The token [1] after hidden [1, D or more] and, where needed, its logits [1, V or fewer]."""
+    logits = model.output(hidden[:, :model.config.dim])[:, :s.vocab_size]
     return choose(logits, s, noise), logits if s.needs_draft_logits else None
-
-
-def draft_steps(model: Transformer, cache: Cache, last: Tensor, length: Tensor, k: int, s: Settings,
-                noise: Tensor | None, next_token=next_token) -> tuple[Tensor, Tensor | None]:
-    """`Drafter.propose` of a Llama: the next k tokens of a text of `length` that ends in `last`.
-
-    The first step reads the last two tokens. After a round that accepted all K the draft has not
-    read the last but one, after any other it reads it again: the same work whatever the outcome.
-    """
-    tokens, pos = last, length + torch.arange(-2, 0, device=last.device)
-    if s.vocab_size > model.config.vocab_size:  # padding that only the target has
-        tokens = tokens.clamp(max=model.config.vocab_size - 1)
-    drafted, logits = [], []
-    for i in range(k):
-        hidden = model.features(tokens[None], pos, cache)[0, -1:]
-        tokens, row = next_token(model, hidden, s, None if noise is None else noise[i:i + 1])
-        pos = pos[-1:] + 1
-        drafted.append(tokens)
-        logits.append(row)
-    return torch.cat(drafted), torch.cat(logits) if s.needs_draft_logits else None
-
-
-class LlamaDrafter(Drafter):
-    """A small Llama as the draft. Its own drafting fills its cache, so it reads prompts only."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.context = model, model.config.max_seq_len
-        self.cache, self.steps = None, draft_steps  # graphs.py wraps steps
-
-    def new_cache(self, length: int):
-        self.cache = self.model.new_cache(length, grown_from=self.cache)
-
-    def read(self, tokens, pos, hidden, span):
-        tokens = tokens.clamp(max=self.model.config.vocab_size - 1)  # as in draft_steps
-        self.model.features(tokens[None], pos, self.cache.first(span))
-
-    def propose(self, state, k, span, s, noise):
-        return self.steps(self.model, self.cache.first(span), state.last, state.length, k, s, noise)
 
 
 class Engine:
     """Target, drafter and judge with their caches; all have read `read_len` of the text `tokens`.
 
-    accept: a key of RULES; parameter: the rule's, by default the table's or the head's.
+    accept: a key of RULES; parameter: the rule's, by default the table's or the head's. chooser:
+    of each round's K, speculate_k at most (drafters/length.py). ks: those a round may have.
     """
 
     def __init__(self, target: Transformer, drafter: Drafter | None = None,
                  head: JudgeHead | None = None, accept="standard", parameter: float | None = None,
-                 speculate_k=16, temperature=0.0, top_k=None, top_p=None, seed=0):
+                 speculate_k=16, temperature=0.0, top_k=None, top_p=None, seed=0, chooser=None):
         self.target, self.drafter, self.device = target, drafter, target.norm.weight.device
         self.accept, self.speculate_k = (accept, speculate_k) if drafter else ("target", 0)
         rule = RULES[accept]
-        refuse((rule.needs_judge and drafter and not head, f"rule {accept} needs head=JudgeHead"))
+        refuse((rule.needs_judge and drafter and not head, f"rule {accept} needs head=JudgeHead"),
+               (rule.needs_draft_logits and drafter and not drafter.has_logits,
+                f"rule {accept} needs a draft's logits; {type(drafter).__name__} has none"))
         self.head = head.to(self.device) if rule.needs_judge and drafter else None
         parameter = rule.parameter_for(parameter, self.head) if drafter else None
         self.settings = Settings(self.accept, parameter, temperature, top_k, top_p,
-                                 target.config.vocab_size)
+                                 target.config.vocab_size, bool(drafter and drafter.certain))
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.context = min(target.config.max_seq_len, drafter.context if drafter else math.inf)
         self.cache, self.tokens, self.read_len, self.capacity = None, [], 0, 0
+        ks = chooser.ks if chooser else (self.speculate_k,)
+        self.chooser, self.ks = chooser, sorted({*ks, 0} if drafter and drafter.skips else ks)
+        self.drafted = drafter.size(self.speculate_k) if drafter else 0  # tokens of a round at most
         self.outcome = torch.zeros(2 * self.speculate_k + 6, dtype=torch.long, device=self.device)
         self.state = unpack(self.outcome, self.speculate_k).state  # views of the packed outcome
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
@@ -259,9 +261,9 @@ class Engine:
 
     def reserve(self, length: int):
         """Room for `length` tokens and a round's drafts after them; what was read stays."""
-        length += self.speculate_k
+        length += self.drafted
         if length > self.capacity:
-            self.capacity = min(self.context + self.speculate_k, power_of_two(length))
+            self.capacity = min(self.context + self.drafted, power_of_two(length))
             self.cache = self.target.new_cache(self.capacity, grown_from=self.cache)
             if self.drafter:
                 self.drafter.new_cache(self.capacity)
@@ -271,9 +273,8 @@ class Engine:
         return min(self.capacity, power_of_two(length))
 
     def read(self, start: int) -> Tensor:
-        """Feed tokens[start:] to target and drafter; the last hidden state [1, D].
-
-        Chunks may be padded, or begin earlier where the cache ends; padding is overwritten later.
+        """Feed tokens[start:] to target and drafter; the last hidden state [1, D]. Chunks may be
+        padded, or begin earlier where the cache ends; padding is overwritten later.
         """
         for i in range(start, len(self.tokens), PREFILL_CHUNK):
             end = min(i + PREFILL_CHUNK, len(self.tokens))
@@ -314,9 +315,13 @@ class Engine:
     def round(self) -> tuple[int, list[int], list[str]]:
         """One round: (drafted tokens accepted, new tokens, their sources); they join `tokens`."""
         n, k = len(self.tokens), self.speculate_k
-        self.play(self, self.span(n + k))
-        o = unpack(self.outcome.tolist(), k)  # the round's one synchronisation
+        if self.drafter:
+            k = self.drafter.plan(self.tokens, self.chooser.choose(self) if self.chooser else k)
+        k = self.play(self, self.span(n + (k and self.drafter.size(k))), k)
+        o = unpack(self.outcome[-2 * k - 6:].tolist(), k)  # the round's one synchronisation
         a = o.accepted[0]
+        if self.chooser:
+            self.chooser.saw(a, k)
         sources = ["draft" if ok else self.accept for ok in o.passed[:a]] + ["target"]
         self.tokens += o.drafted[:a] + o.own
         self.read_len = n + min(a, max(k - 1, 0))  # a Llama draft has not read its last token
@@ -339,9 +344,9 @@ class Result:
     sources: list[str] = field(default_factory=list)
 
     def json(self):
-        speculation = "rounds", "accept_counts", "mean_accepted", "tokens_per_round", "sources"
-        return {k: v for k, v in asdict(self).items()
-                if self.accept != "target" or k not in speculation}
+        of_drafts = "rounds", "accept_counts", "mean_accepted", "tokens_per_round", "sources"
+        omitted = of_drafts if self.accept == "target" else ()
+        return {k: v for k, v in asdict(self).items() if k not in omitted}
 
 
 @torch.inference_mode()
@@ -349,16 +354,15 @@ def generate(engine: Engine, prompt: list[int], max_new_tokens: int, eos_ids=(),
              on_tokens=lambda tokens, sources: None, stop=lambda token: False) -> Result:
     """Continue `prompt` by up to `max_new_tokens` tokens, to EOS (kept) or the context's end.
 
-    `on_tokens(tokens, sources)` is called after each round with its new tokens. `stop(token)` is
-    asked of every new token in turn: True ends the text with it, as EOS does. Raises UserError for
-    a prompt that leaves no room.
+    `on_tokens(tokens, sources)` is called after each round. `stop(token)` is asked of every new
+    token: True ends the text with it, as EOS does. Raises UserError for a prompt without room.
     """
-    context, room = engine.context, min(max_new_tokens, engine.context - len(prompt))
-    why = " (its sliding_window; attention beyond it is not implemented)" if (
-        engine.target.config.sliding_window == context) else ""
+    context, window = engine.context, engine.target.config.sliding_window
+    room = min(max_new_tokens, context - len(prompt))
     refuse((not prompt, "the prompt has no tokens; give some text"),
-           (room < 1, f"the prompt has {len(prompt)} tokens and the context {context}{why}; "
-            "shorten the prompt"))
+           (room < 1, f"the prompt has {len(prompt)} tokens and the context {context}"
+            + " (its sliding_window; attention beyond it is not implemented)" * (window == context)
+            + "; shorten the prompt"))
     result = Result(engine.accept, len(prompt), accept_counts=[0] * (engine.speculate_k + 1))
     accepted, tokens, sources = None, [engine.prefill(prompt, room)], ["target"]
     start = time.perf_counter()

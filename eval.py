@@ -50,7 +50,8 @@ from common import (
     write_json,
     write_text,
 )
-from engine import Engine, LlamaDrafter, Result, generate
+from drafters.llama import LlamaDrafter
+from engine import Engine, Result, generate
 from evaluation import report
 from evaluation.replay import read_texts, replay
 from evaluation.report import PLAIN

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import graphs
 from common import Parser, check_apart, check_writable, refuse, tell, visible, write_json
-from engine import Engine, LlamaDrafter, Result, generate
+from drafters.llama import LlamaDrafter
+from engine import Engine, Result, generate
 from judge import RULES
 from linear import product_path
 from load import add_device_flags, load_models, parse_rule, resolve_device, rule_help

@@ -7,21 +7,10 @@ import os
 import shutil
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
-from engine import (
-    PREFILL_CHUNK,
-    Engine,
-    LlamaDrafter,
-    Settings,
-    decide,
-    draft_steps,
-    next_token,
-    padded,
-    verify_and_accept,
-)
+from engine import PREFILL_CHUNK, Engine, decide, next_token, padded, verify_and_accept
 from linear import FEW
 from model import Cache, Transformer
 
@@ -61,26 +50,26 @@ def compile_engine(e: Engine):
     are compiled as whole passes, a draft's as a loop; of prompts, only the target's Block is.
     """
     build, on_cpu = builder(e.device), e.device.type == "cpu"
-    whole = lambda model: on_cpu and alone() and model.config.n_layer <= WHOLE
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.accumulated_recompile_limit = RECOMPILE_LIMIT
     e.rows = padded
-    target, rows = e.target, {1, 2, e.speculate_k + 1}
+    target, rows = e.target, {1, 2, *(1 + (k and e.drafter.size(k)) for k in e.ks)}
     e.target = by_block(target, build, rows)
-    if whole(target):
-        e.verify_and_accept = of_whole(target, build(verify_and_accept))
+
+    def whole(model, call):
+        if on_cpu and alone() and model.config.n_layer <= WHOLE:
+            return of_whole(model, build(call))
+
+    if call := whole(target, verify_and_accept):
+        e.verify_and_accept = call
     else:
         e.verify_and_accept = functools.partial(verify_and_accept, decided=build(decide))
         e.next_token = build(next_token)
-    if isinstance(d := e.drafter, LlamaDrafter):
-        if whole(d.model):
-            d.steps = of_whole(d.model, build(draft_loop))
-        else:
-            d.model = by_block(d.model, build, rows)
-            d.steps = functools.partial(draft_steps, next_token=build(next_token))
+    if e.drafter:
+        e.drafter.compile(build, lambda model: by_block(model, build, rows), whole)
     if not on_cpu:
-        models = e.target, *([e.drafter.model] if isinstance(e.drafter, LlamaDrafter) else [])
-        e.play = RecordedRounds(e.play, isinstance(e.drafter, (LlamaDrafter, type(None))) and all(
+        models = [e.target, *filter(None, [getattr(e.drafter, "model", None)])]
+        e.play = RecordedRounds(e.play, len(models) > bool(e.drafter) and all(
             e.speculate_k < m.kernel_rows for m in models))
 
 
@@ -132,38 +121,17 @@ def any_size(t: Tensor | None, dim: int):
 
 def of_whole(model: Transformer, call):
     """A compiled call, always on `model`, which is compiled with it."""
-    def whole(_, *args):
+    def whole(_, *args, **more):
         for cache in args:
             if isinstance(cache, Cache):
                 for t in *cache.kv, cache.rope:
                     any_size(t, 0)
-        return call(model, *args)
+        return call(model, *args, **more)
     return whole
 
 
-def draft_loop(model: Transformer, cache: Cache, last: Tensor, length: Tensor, k: int, s: Settings,
-               noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`draft_steps`, of which the compiler sees two: the first and, as a loop, all others."""
-    drafted, logits = draft_steps(model, cache, last, length, 1, s, noise)
-    if k == 1:
-        return drafted, logits
-
-    def step(i, token, drafted, *logits):
-        hidden = model.features(token[None], length + i - 1, cache)[0]
-        token, row = next_token(model, hidden, s,
-                                None if noise is None else noise.index_select(0, i))
-        return (i + 1, token, drafted.index_copy(0, i, token),
-                *(rows.index_copy(0, i, row) for rows in logits))
-
-    from torch._higher_order_ops import while_loop
-    more = () if logits is None else (F.pad(logits, (0, 0, 0, k - 1)),)
-    start = torch.ones_like(length), drafted, F.pad(drafted, (0, k - 1)), *more
-    _, _, drafted, *logits = while_loop(lambda i, *_: (i < k).all(), step, start)
-    return drafted, logits[0] if logits else None
-
-
 class RecordedRounds:
-    """`play_round` as a CUDA graph for each span, recorded when the span first occurs.
+    """`play_round` as a CUDA graph for each span and K, recorded when they first occur.
 
     one: attention reads only the keys that there are, so a graph of the whole cache is enough.
     """
@@ -171,13 +139,14 @@ class RecordedRounds:
     def __init__(self, play, one=False):
         self.play, self.one, self.cache, self.graphs = play, one, None, {}
 
-    def __call__(self, e: Engine, span: int):
+    def __call__(self, e: Engine, span: int, k: int) -> int:
         span = e.capacity if self.one else span
         if e.cache is not self.cache:  # the caches grew: the graphs point into the old ones
             self.cache, self.graphs = e.cache, {}
-        if span not in self.graphs:
-            self.graphs[span] = record(lambda: self.play(e, span), [e.outcome], e.rng)
-        self.graphs[span].replay()
+        if (span, k) not in self.graphs:
+            self.graphs[span, k] = record(lambda: self.play(e, span, k), [e.outcome], e.rng)
+        self.graphs[span, k].replay()
+        return k
 
 
 @functools.cache
@@ -211,7 +180,7 @@ def warm_up(e: Engine, shortest: int, longest: int):
     What the caches held is lost, so this comes before the first prompt.
     """
     e.reserve(min(longest, e.context))
-    random, k = e.rng.get_state(), e.speculate_k
+    random = e.rng.get_state()
     e.read_len = 0
     # One size of a prompt would do for what is compiled; cuDNN makes a plan for each.
     sizes = PROMPTS if e.device.type == "cpu" else {
@@ -220,9 +189,12 @@ def warm_up(e: Engine, shortest: int, longest: int):
         e.tokens = [0] * min(rows, longest, e.context)
         e.next_token(e.target, e.read(0), e.settings, e.noise(1))
     e.tokens = [0, 0]
-    for span in sorted({e.span(n + k) for n in range(shortest, min(longest, e.context) + 1)}):
-        for _ in range(2):
-            e.set_state(k)
-            e.play(e, span)
+    for k in e.ks:
+        drafted = k and e.drafter.size(k)
+        for span in sorted({e.span(n + drafted)
+                            for n in range(shortest, min(longest, e.context) + 1)}):
+            for _ in range(2):
+                e.set_state(k)
+                e.play(e, span, k)
     e.tokens = []
     e.rng.set_state(random)

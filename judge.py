@@ -42,10 +42,8 @@ def topk(v: Verified, k: float) -> Tensor:
 
 
 def typical(v: Verified, epsilon: float) -> Tensor:
-    """Typical acceptance (Medusa, arXiv 2401.10774): p(token) > min(epsilon, sqrt(epsilon) e^-H).
-
-    H is the entropy of p, the target's distribution at temperature 1: the less certain the target,
-    the less probable a token may be.
+    """Typical acceptance (Medusa, arXiv 2401.10774): p(token) > min(epsilon, sqrt(epsilon) e^-H), H
+    the entropy of p, the target's distribution at temperature 1.
     """
     logp = v.logits.float().log_softmax(-1)
     bound = (math.sqrt(epsilon) * (logp.exp() * logp).sum(-1).exp()).clamp(max=epsilon)
@@ -54,9 +52,8 @@ def typical(v: Verified, epsilon: float) -> Tensor:
 
 def kl(v: Verified, divergence: float) -> Tensor:
     """Accept where KL(target || draft) < divergence and the target is not SURE (arXiv 2601.04766).
-
-    Both distributions at temperature 1; a divergence of 0 is the standard rule. The sum is over the
-    columns both have; the target's mass beyond them is added (generalised KL, never negative).
+    At temperature 1; 0 is the standard rule. The sum is over the columns both have; the target's
+    mass beyond them is added (generalised KL, never negative).
     """
     logp, logq = v.logits.float().log_softmax(-1), v.draft_logits.float().log_softmax(-1)
     p, n = logp.exp(), logq.shape[-1]
@@ -65,9 +62,8 @@ def kl(v: Verified, divergence: float) -> Tensor:
 
 
 def above_threshold(scores: Tensor, threshold: float) -> Tensor:
-    """Judge Decoding (arXiv 2501.19309): sigmoid(scores) > threshold, bool in the shape of scores.
-
-    Compared as score > logit(threshold), so that 0 accepts and 1 rejects every finite score.
+    """Judge Decoding (arXiv 2501.19309): sigmoid(scores) > threshold, bool in the shape of scores;
+    compared as score > logit(threshold), so that 0 accepts and 1 rejects every finite score.
     """
     if threshold <= 0 or threshold >= 1:
         return torch.full_like(scores, threshold <= 0, dtype=torch.bool)
@@ -121,7 +117,6 @@ def top1(logits: Tensor) -> Tensor:
 
 def rejection_test(p: Tensor, q: Tensor, drafted: Tensor, u: Tensor) -> Tensor:
     """The sampled standard test (arXiv 2211.17192): accept with probability min(1, p/q). bool [K].
-
     p [K, V], q [K, V or fewer]: probabilities of target and draft; u [K] uniform in [0, 1). With
     `residual` for the token after the first rejection, the output has the target's distribution.
     """
@@ -151,10 +146,8 @@ def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None) ->
 
 
 def sample(p: Tensor, noise: Tensor) -> Tensor:
-    """One index per row: p [..., V], noise [..., V or more], exponential, -> int64 [...].
-
-    An exponential race: unlike multinomial it never synchronises, and compiled or not the same
-    noise gives the same token.
+    """One index per row: p [..., V], noise [..., V or more], exponential, -> int64 [...]. Such a
+    race never synchronises, as multinomial does, and the same noise gives the same token.
     """
     return (p / noise[..., :p.shape[-1]]).argmax(-1)
 
@@ -162,10 +155,9 @@ def sample(p: Tensor, noise: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the head
 
 class JudgeHead(nn.Module):
-    """A linear head on the target's last hidden state. It saves and loads itself.
-
-    threshold: the rule's default. target: checkpoint.fingerprint of its target. curve: rows
-    (threshold, share of errors accepted, share of correct tokens rejected) on validation data.
+    """A linear head on the target's last hidden state. threshold: the rule's default. target:
+    checkpoint.fingerprint of its target. curve: rows (threshold, share of errors accepted, share of
+    correct tokens rejected) on validation data.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, threshold: float, target: str, curve=()):

@@ -46,7 +46,8 @@ from common import (
     visible,
     whole,
 )
-from engine import Engine, LlamaDrafter, generate
+from drafters.llama import LlamaDrafter
+from engine import Engine, generate
 from evaluation.tasks import TASKS, missing
 from formats.answer_log import AnswerLog, saved_settings
 from judge import COLDEST

@@ -57,7 +57,6 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 @dataclass
 class Cache:
     """Keys and values of the positions read so far, allocated once; it belongs to who generates.
-
     Position by position, so its first positions look the same to a compiled pass at any length.
     """
     kv: list[Tensor]  # a layer's: [length, 2, B, n_kv_head, head_dim]
@@ -123,6 +122,7 @@ class Transformer(nn.Module):
     agree = staticmethod(lambda t: t)  # of several ranks (tp.py): rank 0's t for all, in place
     run = staticmethod(lambda layer, *args: layer(*args))  # graphs.py: a compiled Block
     kernel_rows = 0  # graphs.py: up to so many, attention is a Triton kernel's and needs no mask
+    taps = ()  # layers whose inputs `features` appends to its own states, for EAGLE-3
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -143,21 +143,25 @@ class Transformer(nn.Module):
             new[:len(old)] = old
         return Cache(kv, rope_table(c, length, w.device))
 
-    def features(self, tokens: Tensor, pos: Tensor, cache: Cache) -> Tensor:
+    def features(self, tokens: Tensor, pos: Tensor, cache: Cache, at: Tensor | None = None,
+                 mask: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, [B, S, D]: what the LM head and the judge read.
 
-        tokens [B, S] stand at positions pos [S] and are written to the cache there. Attention costs
-        as much as the cache is long: give it `cache.first(span)`.
+        tokens [B, S] are written to the cache's positions pos [S]; a pass costs as much as it is
+        long, so give it `cache.first(span)`. In a tree, RoPE takes the positions `at` [S] and rows
+        attend as mask, bool [S, span], says.
         """
-        x, rope, mask = self.embed(tokens), cache.rope[pos], None
-        if len(pos) > self.kernel_rows:
+        x, rope, tapped = self.embed(tokens), cache.rope[pos if at is None else at], []
+        if mask is None and len(pos) > self.kernel_rows:
             mask = torch.arange(len(cache.rope), device=pos.device) <= pos[:, None]
+        if mask is not None:
             mask = mask.repeat(self.config.n_head // self.config.n_kv_head, 1)
-        for layer, kv in zip(self.layers, cache.kv):
+        for i, (layer, kv) in enumerate(zip(self.layers, cache.kv)):
+            tapped += [x] if i in self.taps else []
             x = self.run(layer, x, pos, kv, rope, mask)
-        return self.norm(x)
+        return torch.cat((self.norm(x), *tapped), -1) if tapped else self.norm(x)
 
     def forward(self, tokens: Tensor, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
         """(logits [B, S, V], hidden [B, S, D]); row i's logits predict the token after it."""
-        hidden = self.features(tokens, pos, cache)
+        hidden = self.features(tokens, pos, cache)[..., :self.config.dim]  # without the taps
         return self.output(hidden), hidden

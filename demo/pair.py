@@ -9,7 +9,8 @@ import torch
 from common import json_lines
 from demo.check import is_right
 from demo.corpus import TASKS
-from engine import Engine, LlamaDrafter, generate
+from drafters.llama import LlamaDrafter
+from engine import Engine, generate
 from load import Loaded, load_models, parse_rule
 
 HOME = Path(__file__).parents[1] / "checkpoints" / "demo"

@@ -94,8 +94,8 @@ class EagleHead(nn.Module):
 
         Row i is the pair of embeds [B, S, D], of a token, and hidden [B, S, D], the fused or
         predicted state before it. Keys and values go to the cache's slots pos [S]. at [S]: RoPE's
-        positions, by default the slots; mask bool [S, span]: slots that a row attends to, by
-        default those up to its own.
+        positions, by default the slots; published heads count pairs, from 0. mask bool [S, span]:
+        slots that a row attends to, by default those up to its own.
         """
         c, kv, rope = self.config, cache.kv[0], cache.rope[pos if at is None else at]
         if mask is None:
@@ -148,7 +148,8 @@ class EagleHead(nn.Module):
 
     def hf_config(self, source: dict, dtype: torch.dtype) -> dict:
         c = self.config
-        return {key: source[key] for key in ROPE_KEYS if source.get(key) is not None} | {
+        rope = {key: source[key] for key in ROPE_KEYS if source.get(key) is not None}
+        return {"max_position_embeddings": c.max_seq_len} | rope | {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "vocab_size": c.vocab_size, "hidden_size": c.dim, "num_hidden_layers": 1,
             "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
@@ -178,14 +179,12 @@ class EagleHead(nn.Module):
         return head.requires_grad_(False).eval()
 
 
+# ---------------------------------------------------------------- names and shapes
+
 # A layer without the biases and norms that a family can have, or that a file shows.
 PLAIN_LAYER = dict(tied=False, qkv_bias=False, wo_bias=False, mlp_bias=False, qk_norm=False)
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
              "original_max_position_embeddings", "max_position_embeddings")
-
-
-# ---------------------------------------------------------------- names and shapes
-
 TOP = {"norm.weight": "norm.weight", "output.weight": "lm_head.weight", "fc.weight": "fc.weight",
        "fc.bias": "fc.bias", "embedding.weight": "embed_tokens.weight"}
 # d2t [columns]: the target's id less the head's own; t2d [V]: which tokens the head can draft.
@@ -216,8 +215,8 @@ def layer_of(names: Iterable[str]) -> str:
 
 # ---------------------------------------------------------------- reading
 
-# What changes the forward pass and is not implemented, by a key of config.json that is true.
 ADVICE = "train one for this target with train_eagle.py"
+# What changes the forward pass and is not implemented, by a key of config.json that is true.
 OTHER_WAYS = "norm_before_residual", "norm_before_fc", "norm_output", "fc_norm", "add_para_norm"
 KINDS = dict(eagle_target=TEXT, draft_vocab_size=whole(1, 1 << 24), eagle_config=OBJECT,
              target_hidden_size=whole(1), architectures=TEXT | list_of(TEXT, "texts"))
@@ -311,9 +310,12 @@ def head_config(hf: dict, where, names) -> ModelConfig:
     has = {field: f"{layer}.{name}" in names for field, name in (
         ("qkv_bias", "self_attn.q_proj.bias"), ("wo_bias", "self_attn.o_proj.bias"),
         ("mlp_bias", "mlp.gate_proj.bias"), ("qk_norm", "self_attn.q_norm.weight"))}
+    width = hf.get("target_hidden_size") or config.dim
     refuse((other, f"{where}: {other} is not implemented for an EAGLE head"),
            (config.n_layer != 1, f"{where}: num_hidden_layers is {config.n_layer}; an EAGLE head "
             "of more than one layer is not implemented"),
+           (width != config.dim, f"{where}: target_hidden_size is {width} and hidden_size "
+            f"{config.dim}; a head of another width than its target is not implemented"),
            (config.quantization, f"{where}: a quantized EAGLE head is not implemented; take the "
             "one that is not quantized"))
     return replace(config, **PLAIN_LAYER | has)

@@ -55,8 +55,8 @@ def simulate(e: Engine):
     real = e.verify_and_accept
     counts = torch.zeros(e.capacity + 1, dtype=torch.long, device=e.device)  # [length] -> accepted
 
-    def forced(target, head, cache, s, state, drafted, *rest):
-        packed, *others = real(target, head, cache, s, state, drafted, *rest)
+    def forced(target, head, cache, s, state, drafted, *rest, **more):
+        packed, *others = real(target, head, cache, s, state, drafted, *rest, **more)
         o, a = unpack(packed, len(drafted)), counts.index_select(0, state.length)
         return pack(o._replace(accepted=a, state=next_state(state, drafted, a, o.own))), *others
 

@@ -8,7 +8,8 @@ from statistics import median
 import torch
 
 import graphs
-from engine import Engine, LlamaDrafter
+from drafters.llama import LlamaDrafter
+from engine import Engine
 from ranks import job
 from tp import size
 

@@ -49,7 +49,8 @@ from common import (  # noqa: E402
     run,
     write_json,
 )
-from engine import Engine, LlamaDrafter, generate, power_of_two  # noqa: E402
+from drafters.llama import LlamaDrafter  # noqa: E402
+from engine import Engine, generate, power_of_two  # noqa: E402
 from evaluation.dummy import PRESETS, Source, build, describe  # noqa: E402
 from evaluation.passes import attention_name, first_token, verification  # noqa: E402
 from evaluation.simulated import draw_runs, play, rate_for, simulate  # noqa: E402

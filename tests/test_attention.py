@@ -262,7 +262,8 @@ def check_recorded():
 def check_engine():
     """Rounds and prompts compiled by blocks with the kernel: the tokens of eager ones without."""
     import graphs
-    from engine import Engine, LlamaDrafter, generate
+    from drafters.llama import LlamaDrafter
+    from engine import Engine, generate
     from helpers import random_model, tiny_config
     graphs.no_kernel, graphs.WHOLE = lambda model: None, 0
     compile = torch.compile

@@ -18,7 +18,8 @@ import checkpoint
 import engine
 import eval as E
 from common import UserError
-from engine import Engine, LlamaDrafter, Settings, State, generate, unpack
+from drafters.llama import LlamaDrafter
+from engine import Engine, Settings, State, generate, unpack
 from evaluation import report
 from evaluation.replay import read_texts, replay_rounds
 from formats.answer_log import AnswerLog

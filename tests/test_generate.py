@@ -21,7 +21,8 @@ import generate as G
 import judge
 from checkpoint import fingerprint
 from common import UserError, run
-from engine import Engine, LlamaDrafter, Settings, State, generate, padded, verify_and_accept
+from drafters.llama import LlamaDrafter
+from engine import Engine, Settings, State, generate, padded, verify_and_accept
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import RULES, JudgeHead, Rule, Verified
 from load import load_models

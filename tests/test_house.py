@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 CORE = "judge", "engine", "model"
 COMMANDS = {"generate", "train_judge", "convert_hf_checkpoint", "quantize", "eval", "benchmark",
             "make_judge_data", "annotate"}
-FOLDERS = "gpu_kernels", "evaluation", "judge_data", "formats", "ranks", "demo"
+FOLDERS = "drafters", "gpu_kernels", "evaluation", "judge_data", "formats", "ranks", "demo"
 FILES = {".".join(p.relative_to(ROOT).with_suffix("").parts): p
          for p in [*ROOT.glob("*.py"), *(q for f in FOLDERS for q in (ROOT / f).glob("*.py"))]
          if p.name != "__init__.py"}

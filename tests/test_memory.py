@@ -19,7 +19,8 @@ import tp
 import train_judge
 from checkpoint import config_from
 from common import UserError
-from engine import Engine, LlamaDrafter
+from drafters.llama import LlamaDrafter
+from engine import Engine
 from evaluation.dummy import PRESETS
 from helpers import ROOT, run_command, save_checkpoint, tiny_config
 from linear import prepare

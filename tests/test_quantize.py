@@ -20,7 +20,8 @@ import linear
 import quantize
 from checkpoint import config_from, fingerprint, load, read_config, shapes
 from common import UserError
-from engine import Engine, LlamaDrafter, generate
+from drafters.llama import LlamaDrafter
+from engine import Engine, generate
 from helpers import (
     LINUX,
     ROOT,

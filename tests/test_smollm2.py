@@ -12,7 +12,8 @@ import quantize
 import smollm2
 from checkpoint import load
 from common import UserError
-from engine import Engine, LlamaDrafter, generate
+from drafters.llama import LlamaDrafter
+from engine import Engine, generate
 from helpers import ROOT, run_command, strings
 from tokenizer import Tokenizer
 
