@@ -118,9 +118,8 @@ def answer(target: Transformer, prompts: list[list[int]], room: int, eos_ids, te
     for row, ids in zip(text, prompts):
         row[:len(ids)] = torch.tensor(ids)
     text, lengths, eos = text.to(device), lengths.to(device), torch.tensor(eos_ids, device=device)
-    ends = (lengths + room).clamp(max=end)
-    cache, alive = target.new_cache(end, len(prompts)), torch.arange(len(prompts), device=device)
-    pos = torch.arange(end, device=device)
+    ends, pos = (lengths + room).clamp(max=end), torch.arange(end, device=device)
+    cache, rows = target.new_cache(end, len(prompts)), torch.arange(len(prompts), device=device)
     tokens, at = text[:, :start], pos[:start]
     for i in range(start, end):
         logits = target.output(target.features(tokens, at, cache.first(i))[:, -1])
@@ -129,16 +128,15 @@ def answer(target: Transformer, prompts: list[list[int]], room: int, eos_ids, te
             new = sample(probabilities(logits, temperature), noise)
         else:
             new = top1(logits)
-        new = torch.where(i < lengths[alive], text[alive, i], new)
-        text[alive, i] = new
-        done = (i >= lengths[alive]) & (torch.isin(new, eos) | (i + 1 >= ends[alive]))
-        ends[alive[done]] = i + 1
-        if done.any():
-            alive = alive[~done]
-            cache.kv = [kv[:, :, ~done] for kv in cache.kv]
-        if not len(alive):
+        text[rows, i] = new = torch.where(i < lengths[rows], text[rows, i], new)
+        stopped = rows[(i >= lengths[rows]) & torch.isin(new, eos)]
+        ends[stopped] = ends[stopped].clamp(max=i + 1)
+        going = ends[rows] > i + 1
+        if not going.any():
             break
-        tokens, at = text[alive, i:i + 1], pos[i:i + 1]
+        if 2 * going.sum() <= len(rows):  # not for every answer that ends: the cache is copied
+            rows, cache.kv = rows[going], [kv[:, :, going] for kv in cache.kv]
+        tokens, at = text[rows, i:i + 1], pos[i:i + 1]
     return [row[a:b] for row, a, b in zip(text.tolist(), lengths.tolist(), ends.tolist())]
 
 
