@@ -2,13 +2,11 @@
 
     python train_eagle.py --target DIR --prompts prompts.jsonl --out eagle
 
-The head is EAGLE-1's and EAGLE-2's (arXiv 2401.15077, 2406.16858): from the target's last hidden
-state of token i and the embedding of token i + 1 it predicts the hidden state of token i + 1, from
-which the target's LM head predicts token i + 2. The loss is EAGLE-1's, smooth L1 of the hidden
-states plus 0.1 times the cross-entropy of the draft's and the target's distributions, over the
-answers. A chain of drafts goes on from the head's own predictions, so it is trained on them too:
---unroll steps, each on what the step before predicted (HASS, arXiv 2408.15766; EAGLE-3's
-training-time test, arXiv 2503.01840). The target's weights stay as they are.
+The head is EAGLE-1's and EAGLE-2's (arXiv 2401.15077, 2406.16858), and so is the loss over the
+answers: smooth L1 of predicted and true hidden states plus 0.1 times the cross-entropy of the
+draft's and the target's distributions. A chain of drafts goes on from the head's own predictions,
+so it is trained on them too: --unroll steps, each on what the step before predicted (HASS, arXiv
+2408.15766; EAGLE-3's training-time test, arXiv 2503.01840). The target's weights stay as they are.
 
 Answers are on disk as they are made, in OUT/answers.jsonl, and the state of training is in
 OUT/train.safetensors: after any kill the same command goes on, to the same weights as without. The
@@ -23,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -50,24 +47,33 @@ from common import (
     whole,
 )
 from drafters.eagle_head import EagleHead
+from drafters.eagle_training import (
+    DEPTH,
+    Text,
+    columns,
+    embeds_of,
+    loss_of,
+    order,
+    played,
+    read_texts,
+    runs,
+    seed_of,
+)
 from evaluation.report import table
 from formats.answer_log import AnswerLog, saved_settings
 from judge import COLDEST, probabilities, sample, top1
 from judge_data.data import split
 from load import add_device_flags, dtype_name, load_model, read_vocabulary, resolve_device
-from model import ModelConfig, Transformer, apply_rope, rope_table
+from model import ModelConfig, Transformer
 from ranks import job
 from ranks.memory import check_memory
 from tokenizer import Tokenizer
 
 TOGETHER = 64  # answers that the target writes side by side
 SAVE_SECONDS = 60  # between two states of training on disk
-CROSS_ENTROPY = 0.1  # its weight beside smooth L1's 1, as in EAGLE-1
-NOISE = 0.1  # EAGLE-1: U(-0.1, 0.1) is added to the target's hidden states that the head reads
-DEPTH = 16  # drafts in a row that the report follows
+NOISE = 0.1  # U(-0.1, 0.1) is added to the target's states that the head reads, as in EAGLE-1
 CLIP = 0.5  # of the gradient's norm
 WARM_UP = 0.05  # share of the steps
-REPORT_BATCH = 1024  # tokens of a batch there
 STATE, MOMENTS = "train.safetensors", ("exp_avg", "exp_avg_sq")
 FILES = "answers.jsonl", "answers.settings.json", STATE, "config.json", "model.safetensors"
 LOGGED = needed(dict(number=whole(0), prompt=TEXT, answer=TEXT,
@@ -163,120 +169,12 @@ def make_answers(args, target: Transformer, tokenizer: Tokenizer, prompts: list[
             log.open()  # writes the line end that a kill left out
 
 
-def seed_of(*parts) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")
-
-
-def hash_of(texts: list["Text"]) -> str:
+def hash_of(texts: list[Text]) -> str:
     """16 hex digits of the texts that are trained on and held out."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------- the head, in training
-
-class Text(NamedTuple):
-    """A prompt with its answer, as the target reads them."""
-    ids: list[int]
-    start: int  # index of the answer's first token
-
-
-def read_texts(target: Transformer, texts: list[Text]) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's last hidden states [B, S, D], the ids [B, S], and pairs to learn from [B, S].
-
-    Pair i is the state of token i and the embedding of token i + 1; what it predicts, token i + 2
-    and the state of token i + 1, is one of the answer's. The first draft after a prompt comes from
-    the prompt's last state and the target's first token.
-    """
-    device, length = target.norm.weight.device, max(len(t.ids) for t in texts)
-    ids = torch.tensor([t.ids + [0] * (length - len(t.ids)) for t in texts], device=device)
-    pos = torch.arange(length, device=device)
-    with torch.no_grad():
-        hidden = target.features(ids, pos, target.new_cache(length, len(texts)))
-    first, last = (torch.tensor(x, device=device)[:, None] for x in (
-        [t.start - 1 for t in texts], [len(t.ids) - 2 for t in texts]))
-    return hidden, ids, (pos >= first) & (pos < last)
-
-
-def unroll(head: EagleHead, embeds: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
-    """The head's predictions [B, S, D] of `steps` drafts in a row from every pair at once.
-
-    embeds, hidden [B, S, D]: pair i is hidden[i], of token i, and embeds[i], of token i + 1. In
-    step j pair i stands for the j-th draft of the chain that began at pair i - j + 1: it reads what
-    step j - 1 predicted at pair i - 1, and attends to what its chain has in the cache: the target's
-    states up to where it began, and its own predictions, one from each step, after that.
-    """
-    layer, (B, S, _) = head.block, embeds.shape
-    a, n, group = layer.attn, layer.attn.n_head, layer.attn.n_head // layer.attn.n_kv_head
-    rope = rope_table(head.config, S, embeds.device)
-    before = torch.ones(S, S, dtype=torch.bool, device=embeds.device).tril()
-    keys, values, predicted = [], [], []
-    for j in range(steps):
-        if j:  # the first pair has no draft before it; `chain_mask` leaves it out
-            hidden = torch.cat((hidden[:, :1], predicted[-1][:, :-1]), 1)
-        x = head.fc(torch.cat((embeds, hidden), -1)).type_as(embeds)  # under autocast too
-        q, k, v = a.wqkv(layer.attn_norm(x)).view(B, S, -1, a.head_dim).split(
-            [n, a.n_kv_head, a.n_kv_head], dim=2)
-        q, k = apply_rope(a.q_norm(q), rope), apply_rope(a.k_norm(k), rope)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        keys.append(k.repeat_interleave(group, 1))
-        values.append(v.repeat_interleave(group, 1))
-        scores = (q @ keys[0].transpose(2, 3)).masked_fill(~before.tril(-j), -math.inf)
-        own = [(q * back(k, j - m)).sum(-1, keepdim=True) for m, k in enumerate(keys) if m]
-        weights = (torch.cat((scores, *own), -1) / math.sqrt(a.head_dim)).float()
-        weights = weights.softmax(-1).type_as(v)
-        y = weights[..., :S] @ values[0]
-        for m in range(1, j + 1):
-            y = y + weights[..., S + m - 1, None] * back(values[m], j - m)
-        x = x + a.wo(y.transpose(1, 2).reshape(B, S, -1))
-        predicted.append(x + layer.ffn(layer.ffn_norm(x)))
-    return predicted
-
-
-def back(x: Tensor, n: int) -> Tensor:
-    """x [B, H, S, hd] moved n positions on, so that each sees the one n before."""
-    return F.pad(x, (0, 0, n, 0))[:, :, :x.shape[2]]
-
-
-def moved(mask: Tensor, n: int) -> Tensor:
-    """mask [B, S] moved n positions on: the pairs whose chain of n + 1 drafts began in `mask`."""
-    return F.pad(mask, (n, 0))[:, :mask.shape[1]]
-
-
 # ---------------------------------------------------------------- training
-
-def loss_of(head: EagleHead, target_head: Tensor, embeds: Tensor, hidden: Tensor, learn: Tensor,
-            noise: Tensor, steps: int) -> Tensor:
-    """EAGLE-1's loss: the mean over the pairs in `learn` and the drafts of a chain of `steps`.
-
-    target_head [V, D]: the target's LM head. hidden [B, S, D] without noise, noise [B, S, D].
-    """
-    true, total = hidden[:, 1:].float(), 0.0
-    logp = (hidden[:, 1:] @ target_head.T).float().log_softmax(-1)
-    for j, predicted in enumerate(unroll(head, embeds, hidden + noise, steps)):
-        on = (learn & moved(learn, j))[:, :-1]
-        states = predicted[:, :-1][on]
-        logq = (states @ target_head.T).float().log_softmax(-1)
-        near = F.smooth_l1_loss(states.float(), true[on], reduction="sum") / true.shape[-1]
-        cross = F.kl_div(logq, logp[on], reduction="sum", log_target=True)
-        total = total + (near + CROSS_ENTROPY * cross) / on.sum().clamp(min=1)
-    return total / steps
-
-
-def order(texts: list[Text], tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """An epoch's batches of up to `tokens` tokens, padding included: texts of similar length,
-    grouped and ordered anew in every epoch.
-    """
-    rng = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
-    chance, batches = torch.randperm(len(texts), generator=rng).tolist(), []
-    for i in sorted(range(len(texts)), key=lambda i: (-(len(texts[i].ids) // 16), chance[i])):
-        longest = max([len(texts[i].ids), *(len(texts[k].ids) for k in batches[-1])]
-                      if batches else [0])
-        if batches and (len(batches[-1]) + 1) * longest <= tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return [batches[k] for k in torch.randperm(len(batches), generator=rng).tolist()]
-
 
 def train(args, target: Transformer, texts: list[Text], made: dict) -> EagleHead:
     """The head after --epochs over the texts. made: what its weights depend on.
@@ -331,20 +229,6 @@ def schedule(done: float) -> float:
     return min(1.0, (done + 1e-3) / WARM_UP, 2 * (1 - done))
 
 
-def columns(target: Transformer) -> Tensor:
-    """The target's LM head as a float32 matrix [V, D]: a gradient flows through no packed or
-    quantized layer.
-    """
-    w = target.norm.weight
-    with torch.no_grad():
-        return target.output(torch.eye(len(w), dtype=w.dtype, device=w.device)).T.float()
-
-
-def embeds_of(head: EagleHead, target: Transformer, ids: Tensor) -> Tensor:
-    """The next token's embedding at every token, [B, S, D]; the last has none."""
-    return F.pad(head.embed(ids[:, 1:], target), (0, 0, 0, 1))
-
-
 # ---------------------------------------------------------------- the state on disk
 
 def save_state(out: Path, head: EagleHead, optimizer, step: int, made: dict):
@@ -384,37 +268,6 @@ def resume(args, head: EagleHead, optimizer, made: dict) -> int:
 
 
 # ---------------------------------------------------------------- report
-
-@torch.no_grad()
-def runs(head: EagleHead, target: Transformer, texts: list[Text]) -> list[Tensor]:
-    """For each text, how many drafts in a row, up to DEPTH, are its tokens: int64 [pairs].
-
-    Of the chains of top-1 drafts from each of its pairs.
-    """
-    found = []
-    for batch in order(texts, REPORT_BATCH, 0, 0):
-        hidden, ids, learn = read_texts(target, [texts[i] for i in batch])
-        run, alive = torch.zeros_like(ids), learn
-        steps = unroll(head, embeds_of(head, target, ids), hidden.float(), DEPTH)
-        for j, predicted in enumerate(steps):
-            logits = head.logits(predicted[:, :-2], target)
-            right = F.pad(top1(logits) == ids[:, 2:], (0, 2)) & learn
-            alive = alive & F.pad(right, (0, j))[:, j:]  # to where the chain began
-            run += alive
-        found += [(i, row[pairs].cpu()) for i, row, pairs in zip(batch, run, learn)]
-    return [run for _, run in sorted(found, key=lambda pair: pair[0])]
-
-
-def played(run: list[int], k: int) -> tuple[int, int]:
-    """(drafts accepted, rounds) of a text generated with chains of k: after each round's accepted
-    drafts comes one token of the target's own.
-    """
-    at = accepted = rounds = 0
-    while at < len(run):
-        n = min(run[at], k)
-        at, accepted, rounds = at + n + 1, accepted + n, rounds + 1
-    return accepted, rounds
-
 
 def report(head: EagleHead, target: Transformer, texts: list[Text]) -> str:
     """The accept rate of each draft of a chain, on held-out answers."""
@@ -467,7 +320,6 @@ def parse_args(argv=None):
 def check_args(args):
     """Everything about the flags that can be refused before the target is read."""
     whole_numbers = "limit", "max_new_tokens", "ffn_dim", "unroll", "epochs", "batch"
-    head = args.out / "model.safetensors"
     refuse(
         *((getattr(args, flag) is not None and getattr(args, flag) < 1,
            f"--{flag} is {getattr(args, flag)}; it must be at least 1") for flag in whole_numbers),
@@ -481,10 +333,18 @@ def check_args(args):
          f"--out {args.out} is a file; name a directory"))
     check_apart({f"{name} of --out": args.out / name for name in FILES},
                 {"--target": args.target, "--prompts": args.prompts})
-    refuse((head.exists(), f"{head} is there already; remove it to train another head on the same "
-            "answers, or name another --out"))
     if not args.out.exists():
         check_writable(args.out)
+
+
+def check_out(out: Path, mark: str):
+    """Refuse an --out that holds a checkpoint: a finished head, or anything of another target."""
+    config, weights = out / "config.json", next(out.glob("model*.safetensors*"), None)
+    other = config.exists() and read_json(config).get("eagle_target") != mark
+    refuse((other, f"--out {out} holds another target's head, or another checkpoint; name another "
+            "directory"),
+           (weights, f"{weights} is there already; remove it to train another head on the same "
+            "answers, or name another --out"))
 
 
 def main():
@@ -492,6 +352,7 @@ def main():
     config, tokenizer = read_vocabulary(args.target)
     prompts = read_prompts(args, config, tokenizer)
     made = {"target": fingerprint(args.target), "seed": args.seed}
+    check_out(args.out, made["target"])
     settings = made | {"prompts": file_hash(args.prompts), "chat": args.chat,
                        "max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     path, about = args.out / "answers.jsonl", args.out / "answers.settings.json"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import train_eagle as T
 from checkpoint import config_from, fingerprint, load
 from common import UserError
+from drafters import eagle_training as L
 from drafters.eagle_head import EagleHead
 from engine import Engine, generate
 from helpers import (
@@ -64,7 +65,7 @@ def tiny_head(seed=0, **kwargs):
 def texts_of(seed=0, lengths=((4, 9), (2, 7), (6, 3))):
     """Texts of random tokens: (prompt, answer) lengths."""
     rng = torch.Generator().manual_seed(seed)
-    return [T.Text(torch.randint(3, 101, (a + b,), generator=rng).tolist(), a) for a, b in lengths]
+    return [L.Text(torch.randint(3, 101, (a + b,), generator=rng).tolist(), a) for a, b in lengths]
 
 
 # ---------------------------------------------------------------- answers
@@ -125,7 +126,7 @@ def chain(head, target, text, begin, steps, tokens=None):
 def test_unroll_is_the_chain_that_a_drafter_plays(bias):
     target, head, text = random_model(CONFIG), tiny_head(bias=bias), texts_of()[0]
     ids, hidden = read_alone(target, text)
-    got = T.unroll(head, T.embeds_of(head, target, ids[None]), hidden[None], 4)
+    got = L.unroll(head, L.embeds_of(head, target, ids[None]), hidden[None], 4)
     for begin in range(len(ids) - 5):
         for j, want in enumerate(chain(head, target, text, begin, 4)):
             torch.testing.assert_close(got[j][0, begin + j], want, atol=1e-4, rtol=1e-4)
@@ -146,8 +147,8 @@ def test_the_loss_by_brute_force():
                 p, q = (target.output(x).log_softmax(-1) for x in (true, state))
                 near = torch.where((d := (state - true).abs()) < 1, d * d / 2, d - 0.5).mean()
                 terms[j].append(float(near + 0.1 * (p.exp() * (p - q)).sum()))
-    hidden, ids, learn = T.read_texts(target, texts)
-    loss = T.loss_of(head, T.columns(target), T.embeds_of(head, target, ids), hidden, learn,
+    hidden, ids, learn = L.read_texts(target, texts)
+    loss = L.loss_of(head, L.columns(target), L.embeds_of(head, target, ids), hidden, learn,
                      torch.zeros_like(hidden), steps)
     want = sum(sum(t) / len(t) for t in terms) / steps
     assert [len(t) for t in terms] == [8 + 6 + 2, 7 + 5 + 1, 6 + 4, 5 + 3]
@@ -156,11 +157,11 @@ def test_the_loss_by_brute_force():
 
 def test_noise_is_on_what_is_read_and_not_on_what_is_predicted():
     target, head, texts = random_model(CONFIG), tiny_head(), texts_of()
-    hidden, ids, learn = T.read_texts(target, texts)
+    hidden, ids, learn = L.read_texts(target, texts)
     noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
-    embeds, columns = T.embeds_of(head, target, ids), T.columns(target)
-    got = T.loss_of(head, columns, embeds, hidden, learn, noise, 1)
-    (state,) = T.unroll(head, embeds, hidden + noise, 1)
+    embeds, columns = L.embeds_of(head, target, ids), L.columns(target)
+    got = L.loss_of(head, columns, embeds, hidden, learn, noise, 1)
+    (state,) = L.unroll(head, embeds, hidden + noise, 1)
     state, true = state[:, :-1][learn[:, :-1]], hidden[:, 1:][learn[:, :-1]]
     cross = F.kl_div(target.output(state).log_softmax(-1), target.output(true).log_softmax(-1),
                      reduction="batchmean", log_target=True)
@@ -176,34 +177,34 @@ def test_runs_are_those_of_chains_that_feed_on_their_own_tokens():
         chain(head, target, t, begin, 12, own)
         ids = t.ids[:begin + 2] + own
         ids[-3 - i] = 7
-        texts.append(T.Text(ids, 4))
-    for text, run in zip(texts, T.runs(head, target, texts)):
+        texts.append(L.Text(ids, 4))
+    for text, run in zip(texts, L.runs(head, target, texts)):
         assert len(run) == len(text.ids) - 1 - text.start
         for n, begin in zip(run.tolist(), range(text.start - 1, len(text.ids) - 2)):
             own = []
-            chain(head, target, text, begin, T.DEPTH + 1, own)
-            want = [*text.ids[begin + 2:], *[None] * T.DEPTH]
-            same = [a == b for a, b in zip(own, want)][:T.DEPTH]
-            assert n == (same.index(False) if False in same else T.DEPTH)
-    every = torch.cat(T.runs(head, target, texts)).tolist()
+            chain(head, target, text, begin, L.DEPTH + 1, own)
+            want = [*text.ids[begin + 2:], *[None] * L.DEPTH]
+            same = [a == b for a, b in zip(own, want)][:L.DEPTH]
+            assert n == (same.index(False) if False in same else L.DEPTH)
+    every = torch.cat(L.runs(head, target, texts)).tolist()
     assert max(every) > 4 and min(every) == 0
 
 
 def test_rounds_of_a_text():
-    assert T.played([2, 9, 9, 3, 0, 1, 0], 16) == (2 + 3, 2)  # from token 3 on all that is left
-    assert T.played([5, 4, 3, 2, 1, 0], 2) == (2 + 2, 2)
-    assert T.played([0, 0, 0], 4) == (0, 3)
+    assert L.played([2, 9, 9, 3, 0, 1, 0], 16) == (2 + 3, 2)  # from token 3 on all that is left
+    assert L.played([5, 4, 3, 2, 1, 0], 2) == (2 + 2, 2)
+    assert L.played([0, 0, 0], 4) == (0, 3)
 
 
 def test_batches_hold_every_text_once_and_change_with_the_epoch():
-    texts = [T.Text([0] * (5 + i % 40), 2) for i in range(100)]
-    epochs = [T.order(texts, 128, 0, e) for e in (0, 1)]
+    texts = [L.Text([0] * (5 + i % 40), 2) for i in range(100)]
+    epochs = [L.order(texts, 128, 0, e) for e in (0, 1)]
     for batches in epochs:
         assert sorted(i for b in batches for i in b) == list(range(100))
         assert all(len(b) * max(len(texts[i].ids) for i in b) <= 128 for b in batches)
-    assert epochs[0] != epochs[1] and epochs[0] == T.order(texts, 128, 0, 0)
-    assert T.order(texts, 1, 0, 0) != sorted(T.order(texts, 1, 0, 0))
-    assert {len(b) for b in T.order(texts, 1, 0, 0)} == {1}
+    assert epochs[0] != epochs[1] and epochs[0] == L.order(texts, 128, 0, 0)
+    assert L.order(texts, 1, 0, 0) != sorted(L.order(texts, 1, 0, 0))
+    assert {len(b) for b in L.order(texts, 1, 0, 0)} == {1}
 
 
 # ---------------------------------------------------------------- the command
@@ -235,17 +236,21 @@ def test_a_head_learns_its_targets_answers_and_belongs_to_it(monkeypatch, home, 
         ids = tokenizer.prompt(line["prompt"])
         want = generate(Engine(target), ids, 12, tokenizer.eos_ids).tokens
         assert line["tokens"] == want and line["answer"] == tokenizer.decode_new(ids, want)
-        texts.append(T.Text(ids + want, len(ids)))
-    found = torch.cat(T.runs(head, target, texts)).float()
+        texts.append(L.Text(ids + want, len(ids)))
+    found = torch.cat(L.runs(head, target, texts)).float()
     new = EagleHead.new(target.config, mark).requires_grad_(False)
-    assert found.mean() > 2.5 > 0.5 > torch.cat(T.runs(new, target, texts)).float().mean()
+    assert found.mean() > 2.5 > 0.5 > torch.cat(L.runs(new, target, texts)).float().mean()
     with pytest.raises(UserError, match=f"was trained on target {mark}, but other is"):
         EagleHead.load(out, target.config, "other", fingerprint(home / "other"))
 
     assert "1 held-out answers, 11 chains of 16" in said
-    with pytest.raises(SystemExit):
-        train(monkeypatch, home, out)
-    assert f"{out / 'model.safetensors'} is there already" in capsys.readouterr().err
+    before = (out / "model.safetensors").read_bytes()
+    for name, message in (("target", f"{out / 'model.safetensors'} is there already; remove it"),
+                          ("other", f"--out {out} holds another target's head")):
+        with pytest.raises(SystemExit):
+            train(monkeypatch, home, out, target=name)
+        assert message in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 class Killed(Exception):
@@ -334,6 +339,7 @@ BAD = (
     (("x", "file"), ("--out", "file"), "file is a file; name a directory"),
     (("x",), ("--out", "no/where"), "no is not a directory"),
     (("x",), ("--out", "target"), "is also a file of --target"),
+    (("x",), ("--out", "another"), "--out another holds another target's head, or another"),
     (("x",), ("--epochs", 0), "--epochs is 0; it must be at least 1"),
     (("x",), ("--unroll", 0), "--unroll is 0; it must be at least 1"),
     (("x",), ("--lr", 0), "--lr is 0.0; it must be above 0, up to 1"),
@@ -348,7 +354,8 @@ BAD = (
 def test_bad_input_is_one_line_and_leaves_nothing(monkeypatch, home, tmp_path, capsys, content,
                                                   more, message):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(home / "target", tmp_path / "target")
+    for name in ("target", "another"):
+        shutil.copytree(home / "target", tmp_path / name)
     lines = '{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": "c"}' if content[0] == "x" else content[0]
     (tmp_path / "p.jsonl").write_text(lines)
     if content[1:]:
