@@ -66,7 +66,7 @@ from judge_data.data import split
 from load import add_device_flags, dtype_name, load_model, read_vocabulary, resolve_device
 from model import ModelConfig, Transformer
 from ranks import job
-from ranks.memory import check_memory
+from ranks.memory import Memory, check_memory
 from tokenizer import Tokenizer
 
 TOGETHER = 64  # answers that the target writes side by side
@@ -347,6 +347,19 @@ def check_out(out: Path, mark: str):
             "answers, or name another --out"))
 
 
+def training_memory(args, config: ModelConfig, longest: int) -> Memory:
+    """What training takes beside the target, about: the head's weights, their gradient, AdamW's
+    moments, the LM head's columns; and for each draft of a chain the states of its layer, with
+    texts of `longest` tokens, and logits, all in float32.
+    """
+    with torch.device("meta"):
+        head = EagleHead.new(config, "", args.ffn_dim)
+    c, weights = head.config, sum(p.numel() for p in head.parameters())
+    token = 16 * c.dim + 6 * c.ffn_dim + 4 * c.n_head * longest + 4 * c.vocab_size
+    states = max(args.batch, longest) * args.unroll * token
+    return Memory(4 * (4 * weights + c.vocab_size * c.dim), 0, 4 * states)
+
+
 def main():
     args = parse_args()
     config, tokenizer = read_vocabulary(args.target)
@@ -359,8 +372,9 @@ def main():
     if args.out.exists():
         saved_settings(about, path, settings)
     longest = min(config.max_seq_len, max(len(p.ids) for p in prompts) + args.max_new_tokens)
-    check_memory({"target": (config, args.dtype, False)}, longest, TOGETHER, args.device,
-                 batch=TOGETHER)
+    check_memory({"target": (config, args.dtype, False),
+                  "head in training": training_memory(args, config, longest)}, longest, TOGETHER,
+                 args.device, batch=TOGETHER, advice="take a smaller --batch, --unroll or target")
     target = load_model(args.target, config, args.device, args.dtype)
     make_directory(args.out)
     log = AnswerLog(path, settings, about, kinds=LOGGED)

@@ -28,6 +28,7 @@ from helpers import (
     save_checkpoint,
     tiny_config,
 )
+from ranks import memory
 from tokenizer import Tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo" / "target"
@@ -367,6 +368,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(monkeypatch, home, tmp_path, c
     said = capsys.readouterr().err
     assert e.value.code == 2 and message in said and said.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_does_not_fit_the_memory_is_refused_with_its_figures(monkeypatch, home, tmp_path,
+                                                                  capsys):
+    """The head: four float32 numbers for each of its weights, and the target's LM head."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e6)
+    with pytest.raises(SystemExit) as e:
+        train(monkeypatch, home, tmp_path / "out", "--batch", 10**7)
+    said = capsys.readouterr().err
+    weights = sum(p.numel() for p in EagleHead.new(config_from(LARGE), "").parameters())
+    figure = round(4 * (4 * weights + 1024 * 32) / 1e6)
+    assert e.value.code == 2 and f"head in training {figure} MB" in said
+    assert "take a smaller --batch, --unroll or target" in said and not any(tmp_path.iterdir())
 
 
 def test_several_ranks_are_refused_by_name(monkeypatch):
