@@ -125,12 +125,14 @@ def test_heads_of_both_kinds_draft_for_one_target_in_turn():
 @pytest.mark.parametrize("case, accept", [("chain", "judge"), ("chain", "standard"),
                                           ("4,2,1", "topk"), ("dynamic 12", "judge")])
 def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version, monkeypatch):
-    """The target's, and the drafter's keys and values, states and tokens, after every round."""
-    monkeypatch.setattr("engine.PREFILL_CHUNK", 5)  # the prompt comes in two parts
+    """The target's, and the drafter's keys and values and states, after every round."""
+    monkeypatch.setattr("engine.PREFILL_CHUNK", 3)  # the prompt comes in parts
     some = head(weight=0.05) if accept == "judge" else None
     e, kept = engine(case, version, some, accept, 4 if accept == "topk" else None), set()
     with torch.inference_mode():
-        e.prefill(tokens(9), 100)
+        e.prefill(tokens(9)[:4], 3)
+        e.prefill(tokens(9), 100)  # what was read is kept, in longer caches
+        assert e.capacity == 128
         for _ in range(9):
             a, _, _ = e.round()
             kept.add(a)
@@ -143,7 +145,6 @@ def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version, 
             for kv, want in zip(e.cache.kv, cache.kv):
                 close(kv[:n], want)
             d = e.drafter
-            assert torch.equal(d.tokens[:n], ids)
             close(d.hidden[:n], fresh.hidden)
             close(d.cache.kv[0][:n - 1], fresh.cache.kv[0][:n - 1])
     assert len(kept) > 1 or (version, accept) == (3, "standard")
