@@ -131,8 +131,9 @@ def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version, 
     e, kept = engine(case, version, some, accept, 4 if accept == "topk" else None), set()
     with torch.inference_mode():
         e.prefill(tokens(9)[:4], 3)
+        short = e.capacity
         e.prefill(tokens(9), 100)  # what was read is kept, in longer caches
-        assert e.capacity == 128
+        assert e.capacity > short
         for _ in range(9):
             a, _, _ = e.round()
             kept.add(a)
