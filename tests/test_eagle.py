@@ -68,8 +68,8 @@ def alone(prompt, n):
 
 # ---------------------------------------------------------------- the target's text
 
-@pytest.mark.parametrize("version", [1, 3])
-@pytest.mark.parametrize("case", TREES)
+@pytest.mark.parametrize("case, version", [*((case, 1) for case in TREES), ("chain", 3),
+                                           ("4,2,1", 3), ("dynamic 12", 3)])
 def test_the_text_is_the_targets(case, version):
     """From prompts of one token to the context's end, across spans and into a cache that grew."""
     e, accepted = engine(case, version), set()
@@ -222,9 +222,9 @@ def reference_tree(reference, tree, k):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("version", [1, 3])
-@pytest.mark.parametrize("case, k", [("4,2,1", 3), ("2,2,2,1", 4), ("7", 1), ("dynamic 12", 3),
-                                     ("dynamic 26", 4), ("dynamic 5", 8)])
+@pytest.mark.parametrize("case, k, version", [
+    ("4,2,1", 3, 1), ("2,2,2,1", 4, 3), ("7", 1, 1), ("dynamic 12", 3, 1), ("dynamic 26", 4, 3),
+    ("dynamic 5", 8, 1)])
 def test_a_tree_of_drafts(case, k, version):
     """Its nodes are the best that plain loops find, with their parents and the logits before."""
     for n in (2, 30):
@@ -266,7 +266,7 @@ def test_sampled_rounds_have_the_targets_distribution(tree, settings, monkeypatc
     h, target = eagle(1, 7)
     e = Engine(target, EagleDrafter(h, target, tree), speculate_k=2, seed=1,
                **dict(temperature=1.0) | settings)
-    outcomes = check_distribution(e, 900)
+    outcomes = check_distribution(e, 600)
     assert min(outcomes) > 10
 
 
