@@ -24,9 +24,8 @@ from ranks import job
 
 FEW = 2, 4, 8, 16, 32  # BestK's
 KS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # where a draft may stop; each is one compiled verification
-MEMORY = 0.95  # what a round's outcome counts for a round later
 BINS = 5  # of confidence
-BIN_MEMORY = 0.97  # what a token's outcome counts once its bin has another
+MEMORY = 0.97  # what an outcome counts once there is another
 PLAYS, ENOUGH = 4, 1.0  # rounds of each K that are timed, unless they take more seconds than that
 
 
@@ -82,9 +81,10 @@ class BestK:
 
     def saw(self, accepted: int, k: int):
         """Learn of a round that accepted so many of k; all of k is no refusal."""
-        if k:
-            self.accepted = MEMORY * self.accepted + accepted
-            self.refused = MEMORY * self.refused + (accepted < k)
+        refused = accepted < k
+        fade = MEMORY ** (accepted + refused)
+        self.accepted = fade * self.accepted + accepted
+        self.refused = fade * self.refused + refused
 
 
 class EarlyStop(BestK):
@@ -130,8 +130,8 @@ class EarlyStop(BestK):
         self.tokens = MEMORY * self.tokens + accepted + 1
         self.spent = MEMORY * self.spent + self.seconds[k]
         for i, at in enumerate(self.drafter.bins[:min(accepted + 1, k)]):
-            self.tested[at] = BIN_MEMORY * self.tested[at] + 1
-            self.right[at] = BIN_MEMORY * self.right[at] + (i < accepted)
+            self.tested[at] = MEMORY * self.tested[at] + 1
+            self.right[at] = MEMORY * self.right[at] + (i < accepted)
 
 
 # ---------------------------------------------------------------- a draft that may stop
