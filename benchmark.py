@@ -2,6 +2,7 @@
 
     python benchmark.py --target llama-3.1-70b --draft llama-3.1-8b --target_quant int8 --plot FILE
     python benchmark.py --target DIR --draft DIR --judge FILE --prompts FILE.jsonl --peer hf
+    python benchmark.py ... --eagle DIR --drafters llama,eagle,eagle-tree,ngram --prompts FILE.jsonl
     torchrun --standalone --nproc_per_node=8 benchmark.py --target llama-3.1-405b ...
 
 A preset or a config.json gets dummy weights of its real shapes: real speed, meaningless text. How
@@ -28,6 +29,13 @@ from common import (
     say,
     write_json,
 )
+from drafters.choice import (
+    add_drafter_flags,
+    ks_of,
+    make_drafter,
+    most_drafted,
+    resolve_drafters,
+)
 from engine import power_of_two
 from evaluation import collectives
 from evaluation.benchmark_report import plot, report
@@ -41,6 +49,8 @@ from linear import MODES, product_path
 from load import (
     add_device_flags,
     check_draft,
+    eagle_memory,
+    load_eagle,
     load_judge,
     parse_rule,
     read_vocabulary,
@@ -52,6 +62,7 @@ from ranks.memory import check_memory
 
 ROWS = [1, 2, 4, 8, 16, 32, 64]  # positions of a verification pass
 LENGTHS = [64, 512]  # of the prompts whose first token is timed
+KS = [4, 8, 16, 32]
 PADDING = 1024  # without tokenizers to compare, vocabularies that differ by less count as one
 ACCEPTED = (2.0, 4.0, 6.3, 10.0, 15.0, 19.7, 25.0)  # rates to simulate; 6.3 and 19.7: the paper's
 
@@ -79,9 +90,10 @@ def parse_args(argv=None):
                    "checkpoints with real acceptance")
     p.add_argument("--rules", help="list of rules to compare on --prompts, such as "
                    "standard,topk:3 (default standard, and judge with --judge)")
+    add_drafter_flags(p)
     p.add_argument("--peer", choices=("hf",), help="compare with Hugging Face's generate too")
-    p.add_argument("--speculate_k", type=numbers(int, "speculate_k"), default=[4, 8, 16, 32],
-                   help="list of K (default 4,8,16,32)")
+    p.add_argument("--speculate_k", type=numbers(int, "speculate_k"), default=None,
+                   help="list of K (default 4,8,16,32; a tree brings its own)")
     p.add_argument("--rows", type=numbers(int, "rows"), default=ROWS, help="list of rows of the "
                    "verification passes (default 1,2,4,8,16,32,64; 1 and the largest K + 1 are "
                    "always among them); above 64 rows a GPU widens quantized weights first")
@@ -103,6 +115,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.target = find(args.target, args.target_quant, "target")
     args.draft = find(args.draft, args.draft_quant, "draft")
+    given, args.speculate_k = args.speculate_k or [], args.speculate_k or KS
     most = max(args.speculate_k)
     for flag in ("speculate_k", "rows", "prompt_tokens"):
         least = min(getattr(args, flag) or [1])
@@ -110,6 +123,9 @@ def parse_args(argv=None):
     args.accepted = args.accepted or [a for a in ACCEPTED if a < most] or [most / 2]
     args.rules = rule_list(args.rules or "standard" + (",judge" if args.judge else ""))
     check_args(args, most)
+    resolve_drafters(args, args.rules if args.prompts else [], given)
+    args.ks = {name: ks_of(name, args.tree, given, KS) for name in args.drafters}
+    args.drafted = max(most, most_drafted(args.drafters, args.tree, given, KS))
     resolve_device(args)
     return args
 
@@ -132,6 +148,8 @@ def check_args(args, most: int):
         (args.judge and not args.prompts,
          "--judge is used with --prompts; elsewhere a judge's weights do not matter"),
         (judged and not args.judge, f"rule {judged} needs --judge FILE"),
+        ((args.drafters or args.eagle or args.tree) and not args.prompts, "--drafters, --eagle and "
+         "--tree are used with --prompts: without, acceptance is simulated, of a Llama draft"),
         (args.peer and job.world() > 1, "--peer hf runs in one process; leave it out, or torchrun"),
         (args.peer and lacking("transformers") is None,
          "--peer hf needs transformers; pip install transformers"),
@@ -145,7 +163,8 @@ def check_args(args, most: int):
     for path in filter(None, writes.values()):
         check_writable(path)
     check_apart(writes, {"--target": Path(args.target.name), "--draft": Path(args.draft.name),
-                         "--judge": args.judge, "--prompts": args.prompts})
+                         "--judge": args.judge, "--prompts": args.prompts,
+                         "--eagle": args.eagle})
 
 
 def read_prompts(args) -> tuple[list[list[int]], tuple]:
@@ -181,18 +200,31 @@ def main(argv=None):
          "tokenizer"),
         (length > context, f"the models' context of {context} tokens is too short for {length}; "
          "lower --max_new_tokens, --speculate_k, --rows or --prompt_tokens"))
-    capacity = power_of_two(length + most)
-    check_memory({flag: (config, dtype, n == 1)
-                  for (flag, (_, dtype)), config, n in zip(sources.items(), configs, shared)},
-                 capacity, max(*args.rows, most + 1), args.device, 1 + bool(args.peer),
+    refuse((args.drafted >= context, f"a round of {args.drafted} drafted tokens does not fit the "
+            f"models' context of {context}; lower --tree"))
+    capacity = power_of_two(length + args.drafted)
+    headed = [name for name in args.drafters if name.startswith("eagle")]
+    needs = {flag: (config, dtype, n == 1)
+             for (flag, (_, dtype)), config, n in zip(sources.items(), configs, shared)}
+    if headed:  # each of its engines has caches of its own
+        own = eagle_memory(args.eagle, configs[0], args.dtype, args.draft_dtype, capacity,
+                           args.device)
+        engines = len(args.rules) * sum(len(args.ks[name]) for name in headed)
+        needs["EAGLE head"] = own._replace(cache=engines * own.cache)
+    check_memory(needs, capacity, max(*args.rows, args.drafted + 1), args.device,
+                 1 + bool(args.peer),
                  "take smaller models, --target_quant, --draft_quant or --dtype bfloat16")
     judge = load_judge(args.judge, args.target.directory) if args.judge else None
+    eagle = load_eagle(args.eagle, args.target.directory, args.device,
+                       args.draft_dtype) if headed else None
     read = bandwidth(args.device, args.repeats)
     if on_gpu(args.device):
         torch.cuda.empty_cache()  # the array's memory is for the models now
-    all_reduce.choose(most + 1, configs[0].dim, args.dtype, args.device)
+    all_reduce.choose(args.drafted + 1, configs[0].dim, args.dtype, args.device)
     target, draft = (build(source, args.device, dtype, n)
                      for (source, dtype), n in zip(sources.values(), shared))
+    target.taps = eagle.taps if eagle else ()
+    make = lambda name: make_drafter(name, target, draft, eagle, args.tree)
     weight = torch.randn(1, target.config.dim) / math.sqrt(target.config.dim)
     dummy = JudgeHead(weight, torch.zeros(1), 0.5, "")  # it costs what any judge costs
     caches = {m: m.new_cache(capacity) for m in (target, draft)}
@@ -210,7 +242,7 @@ def main(argv=None):
         "first_token": measure_first_token(args, target, draft, caches),
         "collectives": collectives.measure(args, configs[0], passes["verify"]),
         "simulated": measure_simulated(args, target, draft, dummy, caches),
-        "real": measure_real(args, target, draft, judge, caches, prompts, eos_ids)
+        "real": measure_real(args, target, draft, judge, caches, prompts, eos_ids, make)
         if prompts else None,
     }
     if args.json and not job.rank():

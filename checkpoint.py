@@ -1,6 +1,6 @@
 """The files of a checkpoint directory: config, weights, fingerprint, and writing a new directory.
 
-Weights are safetensors, memory-mapped and read one tensor at a time; nothing is ever unpickled. A
+Weights are safetensors, memory-mapped and read one tensor at a time; nothing is unpickled here. A
 directory is written from a plan, {name: Planned}, so memory does not grow with the model.
 """
 import ctypes
@@ -34,6 +34,7 @@ from model import ModelConfig, Transformer
 
 FORMATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8",
            torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
+WRITTEN = FORMATS | {torch.int64: "I64", torch.bool: "BOOL"}  # an EAGLE head's maps of ids too
 PLAIN = {FORMATS[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 SHARD_BYTES = 5 * 1024**3
 CHUNK = 4 * 1024**2  # weights read at a time: 16 MB as float32
@@ -145,6 +146,7 @@ def no_weights(directory: Path) -> str:
 
 
 NOT_OURS = (  # how a tensor's name can begin or end, and what it shows of a checkpoint
+    (r"^(model\.)?fc\.weight$", "it is an EAGLE head, no model; give it to --draft"),
     (r"language_model\.|^vision_|^visual\.", MULTIMODAL),
     (r"lora_[AB]|^base_model\.model\.", "it is a PEFT adapter or wrapped by one; merge it into its "
      "base model first: merge_and_unload() and save_pretrained() of peft"),
@@ -315,7 +317,7 @@ def write_safetensors(path, tensors: dict[str, Planned], progress):
     """
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": FORMATS[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": WRITTEN[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     text = json.dumps(header).encode()

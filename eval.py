@@ -2,16 +2,17 @@
 
     python eval.py --task gsm8k --data gsm8k_test.jsonl --target DIR --draft DIR --judge FILE \\
         --rules target,draft,standard,topk:3,judge --out results
+    python eval.py ... --draft DIR --eagle DIR --drafters llama,eagle,eagle-tree,ngram --out results
     python eval.py --task gsm8k --data gsm8k_test.jsonl --out results --rescore
     python eval.py --replay gsm8k_test.jsonl --target DIR --judge FILE --rules standard,judge
 
 Every answer is appended to OUT/answers.jsonl as it is made, and the same command resumes where it
-was cut off, even by kill -9; more rules or a higher --limit only add answers, other settings are
-refused. Greedy, batch size 1; under torchrun the ranks share the models. The rules take turns on
-each problem, so that a slow minute hits all of them; a tokens/s still is this machine's, with
-whatever else ran on it. Neither prefill nor scoring is timed. On a GPU, or with bfloat16, passes of
-one and of K + 1 tokens round differently, so that standard can leave the target's text at a near
-tie; in float32 that is an error.
+was cut off, even by kill -9; more rules, drafters or a higher --limit only add answers, other
+settings are refused. Greedy, batch size 1; under torchrun the ranks share the models. The rules
+take turns on each problem, so that a slow minute hits all of them; a tokens/s still is this
+machine's, with whatever else ran on it. Neither prefill nor scoring is timed. On a GPU, or with
+bfloat16, passes of one and of K + 1 tokens round differently, so that standard can leave the
+target's text at a near tie; in float32 that is an error.
 """
 import functools
 import json
@@ -50,11 +51,18 @@ from common import (
     write_json,
     write_text,
 )
-from drafters.llama import LlamaDrafter
+from drafters.choice import (
+    CHAIN,
+    add_drafter_flags,
+    ks_of,
+    make_drafter,
+    most_drafted,
+    resolve_drafters,
+)
 from engine import Engine, Result, generate
 from evaluation import report
 from evaluation.replay import read_texts, replay
-from evaluation.report import PLAIN
+from evaluation.report import PLAIN, row_name, row_parts
 from evaluation.tasks import TASKS, Task
 from formats.answer_log import AnswerLog, saved_settings
 from judge import RULES
@@ -62,6 +70,7 @@ from load import (
     Loaded,
     add_device_flags,
     dtype_name,
+    eagle_hash,
     load_models,
     parse_rule,
     resolve_device,
@@ -72,7 +81,8 @@ from ranks import job
 from tokenizer import cut_at_stop, stop_check
 
 DEFAULT = "standard,topk:3"  # rules, after PLAIN and before those that need the judge
-ABOUT = "rules", "target_name", "draft_name"  # settings that answers do not depend on
+ABOUT = "rules", "target_name", "draft_name", "eagle_name"  # settings that answers do not depend on
+OPTIONAL = "draft", "judge", "eagle", "tree"  # compared only where both runs have them
 WRITES = ("answers.jsonl", "settings.json", "results.json", "results.md", "accuracy.png",
           "replay.json", "replay.md")  # in --out
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
@@ -86,7 +96,7 @@ ANSWER = needed(dict(rule=TEXT, id=TEXT, domain=TEXT, right=FLAG, how=TEXT, text
 SETTINGS = needed(dict(task=TEXT, data=TEXT, target=TEXT, target_name=TEXT, device=TEXT, dtype=TEXT,
                        speculate_k=whole(1), chat=FLAG, compile=FLAG, processes=whole(1),
                        rules=list_of(TEXT, "texts"))) | dict(
-    draft=TEXT, draft_name=TEXT, judge=TEXT, ranks=whole(1))
+    draft=TEXT, draft_name=TEXT, judge=TEXT, ranks=whole(1), eagle=TEXT, eagle_name=TEXT, tree=TEXT)
 
 
 def settings_of(args) -> dict:
@@ -94,14 +104,33 @@ def settings_of(args) -> dict:
     return {
         "task": args.task, "data": file_hash(args.data), "target": fingerprint(args.target),
         "draft": args.draft and fingerprint(args.draft),
-        "judge": args.judge and file_hash(args.judge), "speculate_k": args.speculate_k,
+        "judge": args.judge and file_hash(args.judge), "speculate_k": args.speculate_k or CHAIN,
         "chat": args.chat, "compile": args.compile, "processes": args.processes,
         "ranks": job.world() if job.world() > 1 else None,  # None: as before there were ranks
         "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(),
-        "dtype": dtype_name(args.dtype), "rules": args.rules,
+        "dtype": dtype_name(args.dtype), "rules": args.rows,
         "target_name": args.target.resolve().name,
         "draft_name": args.draft and args.draft.resolve().name,
-    }
+    } | settings_of_eagle(args)
+
+
+def settings_of_eagle(args) -> dict:
+    """Only where they matter, so that files without an EAGLE head stay as they were."""
+    found = {}
+    if args.eagle:
+        found |= {"eagle": eagle_hash(args.eagle), "eagle_name": args.eagle.resolve().name}
+    if "eagle-tree" in args.drafters:
+        found["tree"] = str(args.tree)
+    return found
+
+
+def k_of(args, drafter: str) -> int:
+    """K of a drafter's rounds."""
+    return ks_of(drafter, args.tree, given_k(args))[0]
+
+
+def given_k(args) -> list[int]:
+    return [args.speculate_k] if args.speculate_k else []
 
 
 def saved_answers(log: AnswerLog) -> dict:
@@ -121,13 +150,16 @@ def make_task(args) -> Task:
 def load_what_rules_need(args, length, caches=1.0, rows=None) -> Loaded:
     judged = any(RULES[name].needs_judge for rule in args.rules
                  if (name := parse_rule(rule, PLAIN)[0]) not in PLAIN)
-    return load_models(args.target, args.draft, args.judge if judged else None, args.device,
-                       args.dtype, speculate_k=args.speculate_k, length=length, caches=caches,
-                       rows=rows)
+    drafted = args.replay or "llama" in args.drafters or "draft" in args.rules
+    headed = any(name.startswith("eagle") for name in args.drafters)
+    return load_models(args.target, args.draft if drafted else None, args.judge if judged else None,
+                       args.device, args.dtype, length=length, caches=caches, rows=rows,
+                       speculate_k=most_drafted(args.drafters, args.tree, given_k(args)),
+                       eagle=args.eagle if headed else None)
 
 
 class Session:
-    """The models, an engine for each rule, and the prompts: what makes answers in one process."""
+    """The models, an engine for each row, and the prompts: what makes answers in one process."""
 
     def __init__(self, args, examples: list[dict]):
         self.examples, self.task = examples, make_task(args)
@@ -138,43 +170,43 @@ class Session:
             self.prompts = [tokenizer.prompt(ask(e), args.chat) for e in examples]
             return max(map(len, self.prompts)) + self.task.max_new_tokens
 
-        # Every rule has caches of its own, and one of them may be growing.
-        self.target, self.draft, self.head, self.tokenizer = load_what_rules_need(
-            args, longest, len(args.rules) + 0.5)
-        context = min(m.config.max_seq_len for m in (self.target, self.draft) if m)
+        # Every row has caches of its own, and one of them may be growing.
+        self.models = load_what_rules_need(args, longest, len(args.rows) + 0.5)
+        self.tokenizer = self.models.tokenizer
+        self.engines = {row: self.engine(row, args) for row in args.rows}
+        context = min(e.context for e in self.engines.values())
         for e, p in zip(examples, self.prompts):
             if len(p) >= context:
                 raise UserError(f"the prompt of {e['id']} has {len(p)} tokens, the context "
                                 f"{context}; these models are too small for this task")
         lengths = [len(p) for p in self.prompts]
         longest = max(lengths) + self.task.max_new_tokens
-        self.engines = {}
-        for rule in args.rules:
-            engine = self.engines[rule] = self.engine(rule, args.speculate_k)
+        for engine in self.engines.values():
             if args.compile:
                 graphs.compile_engine(engine)
             # The first rounds of a process are slow; compiled ones need every span, others one.
             graphs.warm_up(engine, min(lengths), longest if args.compile else min(lengths))
 
-    def engine(self, rule: str, k: int) -> Engine:
-        name, parameter = parse_rule(rule, PLAIN)
-        if name in PLAIN:
-            return Engine({"target": self.target, "draft": self.draft}[name])
-        return Engine(self.target, LlamaDrafter(self.draft), self.head, name, parameter, k)
+    def engine(self, row: str, args) -> Engine:
+        (rule, drafter), (target, draft, head, _, eagle) = row_parts(row), self.models
+        if drafter is None:
+            return Engine({"target": target, "draft": draft}[rule])
+        return Engine(target, make_drafter(drafter, target, draft, eagle, args.tree), head,
+                      *parse_rule(rule), k_of(args, drafter))
 
-    def generate(self, rule: str, index: int) -> Result:
+    def generate(self, row: str, index: int) -> Result:
         prompt = self.prompts[index]
-        return generate(self.engines[rule], prompt, self.task.max_new_tokens,
+        return generate(self.engines[row], prompt, self.task.max_new_tokens,
                         self.tokenizer.eos_ids, stop=stop_check(self.tokenizer, prompt, self.stop))
 
-    def answer(self, rule: str, index: int) -> dict:
+    def answer(self, row: str, index: int) -> dict:
         """A line of answers.jsonl."""
-        r, example, prompt = self.generate(rule, index), self.examples[index], self.prompts[index]
+        r, example, prompt = self.generate(row, index), self.examples[index], self.prompts[index]
         eos_ids = self.tokenizer.eos_ids
         text = self.tokenizer.decode_new(prompt, [t for t in r.tokens if t not in eos_ids])
         text = cut_at_stop(text, self.stop)
         score = self.task.score(example, text)
-        return {"rule": rule, "id": example["id"], "domain": example["domain"],
+        return {"rule": row, "id": example["id"], "domain": example["domain"],
                 "right": score.right, "how": score.how, "tokens": r.tokens, "text": text,
                 "seconds": r.seconds, "rounds": r.rounds,
                 "accepted": sum(i * n for i, n in enumerate(r.accept_counts))}
@@ -201,7 +233,7 @@ def work(unit) -> dict:
 
 
 def make_answers(args, examples, units):
-    """Yield the answers to units [(rule, index of the example), ...] as they are made."""
+    """Yield the answers to units [(row, index of the example), ...] as they are made."""
     if args.processes == 1:
         here = Session(args, examples)
         yield from (here.answer(*unit) for unit in units)
@@ -218,11 +250,11 @@ def make_answers(args, examples, units):
 
 
 class Progress:
-    """A line on stderr: accuracy and tokens/s of each rule over all answers, saved ones too."""
+    """A line on stderr: accuracy and tokens/s of each row over all answers, saved ones too."""
 
-    def __init__(self, rules: list[str], total: int):
+    def __init__(self, rows: list[str], total: int):
         self.total, self.done, self.last = total, 0, time.monotonic()
-        self.sums = {rule: [0, 0, 0, 0.0] for rule in rules}  # answers, right, tokens, seconds
+        self.sums = {row: [0, 0, 0, 0.0] for row in rows}  # answers, right, tokens, seconds
 
     def add(self, answer: dict, show=True):
         new = 1, answer["right"], len(answer["tokens"]) - 1, answer["seconds"]
@@ -253,18 +285,18 @@ def evaluate(args):
         return generate_along(args)
     examples, now = make_task(args).load(args.data, args.limit), settings_of(args)
     path, about = args.out / "answers.jsonl", args.out / "settings.json"
-    saved = saved_settings(about, path, now, ABOUT, ("draft", "judge"), SETTINGS)
+    saved = saved_settings(about, path, now, ABOUT, OPTIONAL, SETTINGS)
     settings = saved | {k: v for k, v in now.items() if v is not None or k not in saved}
-    settings["rules"] = list(dict.fromkeys([*saved.get("rules", ()), *args.rules]))
+    settings["rules"] = list(dict.fromkeys([*saved.get("rules", ()), *args.rows]))
     log = AnswerLog(path, settings, about, kinds=ANSWER)
     done = saved_answers(log)
-    units = [(rule, i) for i, e in enumerate(examples) for rule in args.rules]
-    progress, missing = Progress(args.rules, len(units)), []
-    for rule, i in units:
-        if answer := done.get((rule, examples[i]["id"])):
+    units = [(row, i) for i, e in enumerate(examples) for row in args.rows]
+    progress, missing = Progress(args.rows, len(units)), []
+    for row, i in units:
+        if answer := done.get((row, examples[i]["id"])):
             progress.add(answer, show=False)
         else:
-            missing.append((rule, i))
+            missing.append((row, i))
     if done:
         tell(f"{progress.done} of {len(units)} answers are there already")
     job.broadcast((examples, missing))
@@ -337,8 +369,9 @@ def show_replay(args):
                      tokenizer.encode(text, continuation=True)) for where, prompt, text in texts]
         return max(len(prompt) + len(text) for _, prompt, text in texts)
 
+    k = args.speculate_k or CHAIN
     models = load_what_rules_need(args, longest, rows=math.inf)
-    results = replay(texts, models, args.rules, args.speculate_k)
+    results = replay(texts, models, args.rules, k)
     if job.rank():
         return
     total = sum(len(text) for *_, text in texts)
@@ -346,11 +379,11 @@ def show_replay(args):
         [rule, f"{m['mean_accepted']:.2f}", f"{m['rejected']:.1%}"]
         for rule, m in results.items())])
     text = (f"{args.replay.name}: {len(texts)} texts, {total} tokens, as drafts for "
-            f"{args.target.resolve().name}, K = {args.speculate_k}, greedy\n\n{table}\n")
+            f"{args.target.resolve().name}, K = {k}, greedy\n\n{table}\n")
     if args.out:
         make_directory(args.out)
         write_json(args.out / "replay.json", {"texts": len(texts), "tokens": total,
-                                              "speculate_k": args.speculate_k, "rules": results})
+                                              "speculate_k": k, "rules": results})
         write_text(args.out / "replay.md", text)
     say(text.removesuffix("\n"))
 
@@ -365,12 +398,14 @@ def parse_args(argv=None):
     p.add_argument("--data", type=Path, help="the benchmark's file, in its official format")
     p.add_argument("--target", type=Path, help="checkpoint directory")
     p.add_argument("--draft", type=Path, help="checkpoint directory of the draft")
+    add_drafter_flags(p)
     p.add_argument("--judge", type=Path, help="judge file, from train_judge.py")
     p.add_argument("--rules", help=f"list of {', '.join(rule_forms(PLAIN))} (default "
-                   f"{','.join(PLAIN)},{DEFAULT}, and {' and '.join(judged)} with --judge)")
+                   f"{','.join(PLAIN)},{DEFAULT}, without draft where there is no --draft, and "
+                   f"{' and '.join(judged)} with --judge)")
     p.add_argument("--limit", type=int, help="problems (demo: of each domain); default all")
-    p.add_argument("--speculate_k", type=int, default=16,
-                   help="drafted tokens per round (default 16)")
+    p.add_argument("--speculate_k", type=int, help=f"drafted tokens per round (default {CHAIN}; a "
+                   "tree brings its own)")
     p.add_argument("--out", type=Path, help="directory of the answers and results")
     p.add_argument("--allow_code_execution", action="store_true",
                    help="humaneval: run what the models write")
@@ -385,7 +420,8 @@ def parse_args(argv=None):
     p.add_argument("--replay", type=Path, help="JSON Lines of prompts and texts: what the rules "
                    "would accept of the texts")
     args = p.parse_args(argv)
-    default = [*(() if args.replay else PLAIN), DEFAULT, *(judged if args.judge else ())]
+    plain = () if args.replay else PLAIN if args.draft else PLAIN[:1]
+    default = [*plain, DEFAULT, *(judged if args.judge else ())]
     args.rules = rule_list(args.rules or ",".join(default), PLAIN)
     check_args(args)
     return args
@@ -398,13 +434,13 @@ def check_args(args):
     plain, making = first(lambda row: row is None), not (args.rescore or args.replay)
     judged = first(lambda row: row and row.needs_judge)
     comparing = first(lambda row: row and row.needs_draft_logits)
-    drafting = next((rule for rule in args.rules if rule != "target"), None)
+    speculating = [rule for rule, row in table.items() if row]
     refuse(
         (args.rescore and args.replay, "--rescore and --replay exclude each other"),
         (not args.replay and not (args.task and args.data and args.out),
          "give --task, --data and --out"),
         (not args.rescore and not args.target, "give --target DIR"),
-        (making and drafting and not args.draft, f"rule {drafting} needs --draft DIR"),
+        (making and "draft" in table and not args.draft, "rule draft needs --draft DIR"),
         (not args.rescore and judged and not args.judge, f"rule {judged} needs --judge FILE"),
         (args.replay and plain,
          f"--replay: rule {plain} tests no drafts; leave it out of --rules"),
@@ -418,12 +454,17 @@ def check_args(args):
         (args.processes > 1 and job.world() > 1,
          "--processes and torchrun exclude each other; leave one of them out"),
         (args.rescore and job.world() > 1, "--rescore runs no model; start it with python"),
-        (making and args.judge and not args.draft,
+        (making and args.judge and not (args.draft or args.eagle or args.drafters),
          "--judge needs --draft: the judge says which drafted tokens to accept"),
-        (not args.rescore and args.speculate_k < 1,
+        (args.replay and (args.drafters or args.eagle or args.tree), "--replay takes its texts for "
+         "the drafts; leave out --drafters, --eagle and --tree"),
+        (args.speculate_k is not None and args.speculate_k < 1,
          f"--speculate_k is {args.speculate_k}; it must be at least 1"),
         (args.out and args.out.exists() and not args.out.is_dir(),
          f"--out {args.out} is a file; name a directory"))
+    resolve_drafters(args, speculating if making else [], given_k(args))
+    args.rows = [row for rule in args.rules for row in (
+        [row_name(rule, name) for name in args.drafters] if rule in speculating else [rule])]
     if not args.rescore:
         resolve_device(args)
         if args.compile:
@@ -432,7 +473,7 @@ def check_args(args):
         check_writable(args.out / "answers.jsonl" if args.out.is_dir() else args.out)
         check_apart({f"--out's {name}:": args.out / name for name in WRITES}, {
             "--data": args.data, "--replay": args.replay, "--target": args.target,
-            "--draft": args.draft, "--judge": args.judge})
+            "--draft": args.draft, "--judge": args.judge, "--eagle": args.eagle})
 
 
 def main(argv=None):

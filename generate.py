@@ -17,7 +17,17 @@ from typing import NamedTuple
 
 import graphs
 from common import Parser, check_apart, check_writable, refuse, tell, visible, write_json
-from drafters.llama import LlamaDrafter
+from drafters.choice import (
+    CHAIN,
+    TREE_HELP,
+    check_k,
+    check_rules,
+    kind,
+    ks_of,
+    make_drafter,
+    most_drafted,
+    parse_tree,
+)
 from engine import Engine, Result, generate
 from judge import RULES
 from linear import product_path
@@ -84,9 +94,11 @@ def summary(r: Result) -> str:
 
 def slower_paths(e: Engine, compiled: bool) -> list[str]:
     """What this GPU or this PyTorch runs in place of the Triton kernels, and why."""
-    models = {"target": e.target} | ({"draft": e.drafter.model} if e.drafter else {})
+    models = {"target": e.target, "draft": getattr(e.drafter, "model", None)}  # a Llama's
     lines = []
     for name, model in models.items():
+        if model is None:
+            continue
         if compiled and (why := graphs.no_kernel(model)):
             lines.append(f"{name}: attention is PyTorch's: {why}")
         path = product_path(model, 1, model.norm.weight.dtype)
@@ -197,15 +209,18 @@ def held_back_signals():
 def parse_args(argv=None):
     p = Parser(description="Judge decoding. Without arguments: the demo.")
     p.add_argument("--target", type=Path, required=True, help="checkpoint directory")
-    p.add_argument("--draft", type=Path, help="checkpoint directory of the draft; without it the "
-                   "target runs alone")
+    p.add_argument("--draft", type=lambda text: text if text == "ngram" else Path(text),
+                   help="checkpoint directory of the draft, directory of an EAGLE head, or ngram: "
+                   "what followed when the text last read like this (a directory of that name is "
+                   "./ngram); without it the target runs alone")
+    p.add_argument("--tree", type=parse_tree, help=TREE_HELP)
     p.add_argument("--judge", type=Path, help="judge file, from train_judge.py")
     p.add_argument("--prompt", help="the text to continue, or with --chat the user's message")
     p.add_argument("--accept", metavar="RULE[:PARAMETER]", help=f"acceptance rule: {rule_help()} "
                    "(default: judge with --judge, else standard)")
     p.add_argument("--threshold", type=float, help="the rule's parameter, given apart")
-    p.add_argument("--speculate_k", type=int, default=16,
-                   help="drafted tokens per round (default 16)")
+    p.add_argument("--speculate_k", type=int,
+                   help=f"drafted tokens per round (default {CHAIN}; a tree brings its own)")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top_k", type=int, help="sample among the top K tokens only")
@@ -242,8 +257,8 @@ def check_args(args):
         (args.judge and not judged,
          f"--judge is not used by --accept {args.accept}; drop one of them"),
         (args.accept != "standard" and not args.draft, f"--accept {args.accept} needs --draft"),
-        (args.speculate_k < 1, f"--speculate_k is {args.speculate_k}; it must be at least 1 (for "
-         "the target alone leave out --draft)"),
+        (args.speculate_k is not None and args.speculate_k < 1, f"--speculate_k is "
+         f"{args.speculate_k}; it must be at least 1 (for the target alone leave out --draft)"),
         (args.max_new_tokens < 1,
          f"--max_new_tokens is {args.max_new_tokens}; it must be at least 1"),
         (not 0 <= args.temperature < math.inf,
@@ -252,12 +267,29 @@ def check_args(args):
          f"--top_k is {args.top_k}; it must be at least 1"),
         (args.top_p is not None and not 0 < args.top_p <= 1,
          f"--top_p is {args.top_p}; it must be above 0 and at most 1"))
+    check_drafter(args)
     if args.compile:
         graphs.check_compiler(args.device)
     if args.json:
         check_writable(args.json)
-        check_apart({"--json": args.json}, {"--target": args.target, "--draft": args.draft,
-                                            "--judge": args.judge})
+        check_apart({"--json": args.json}, {
+            "--target": args.target, "--judge": args.judge,
+            "--draft": None if args.draft == "ngram" else args.draft})
+
+
+def check_drafter(args):
+    """Refuse what does not fit --draft; sets drafter, its name, and speculate_k."""
+    given = [args.speculate_k] if args.speculate_k else []
+    args.drafter = kind(args.draft, args.tree)
+    refuse(
+        (args.tree and args.drafter != "eagle-tree", "--tree needs an EAGLE head as --draft" + (
+            f"; {args.draft} holds a Llama" if args.drafter == "llama" else "")),
+        (args.draft_dtype and args.drafter == "ngram",
+         "--draft_dtype is of a model's weights; --draft ngram has none"))
+    check_rules([args.accept], [args.drafter])
+    if args.tree:
+        check_k(args.tree, given)
+    args.speculate_k, = ks_of(args.drafter, args.tree, given)
 
 
 def main():
@@ -265,14 +297,16 @@ def main():
         from demo.pair import show
         return show(printer, summary, legend() if use_color(sys.stdout) else "")
     args = parse_args()
-    target, draft, head, tokenizer = load_models(
-        args.target, args.draft, args.judge, args.device, args.dtype, args.draft_dtype,
-        args.speculate_k, lambda tokenizer: args.max_new_tokens + (
+    of_kind = lambda *names: args.draft if args.drafter in names else None
+    drafted = most_drafted([args.drafter] * bool(args.draft), args.tree, [args.speculate_k])
+    target, draft, head, tokenizer, eagle = load_models(
+        args.target, of_kind("llama"), args.judge, args.device, args.dtype,
+        args.draft_dtype, drafted, lambda tokenizer: args.max_new_tokens + (
             len(tokenizer.prompt(args.prompt, args.chat)) if args.prompt else 0),
-        caches=1.5 if args.interactive else 1)
-    engine = Engine(target, LlamaDrafter(draft) if draft else None, head, args.accept,
-                    args.parameter, args.speculate_k, args.temperature, args.top_k, args.top_p,
-                    args.seed)
+        caches=1.5 if args.interactive else 1, eagle=of_kind("eagle", "eagle-tree"))
+    drafter = make_drafter(args.drafter, target, draft, eagle, args.tree) if args.draft else None
+    engine = Engine(target, drafter, head, args.accept, args.parameter, args.speculate_k,
+                    args.temperature, args.top_k, args.top_p, args.seed)
     if args.compile:
         graphs.compile_engine(engine)
     for line in slower_paths(engine, args.compile) if engine.device.type == "cuda" else ():
@@ -319,7 +353,7 @@ def respond(args, engine: Engine, tokenizer: Tokenizer, prompt: list[int], keep,
     whose reader may be gone; `stop` is generate's.
     """
     length = len(prompt) + args.max_new_tokens
-    if args.compile and length + engine.speculate_k > engine.capacity < engine.context:
+    if args.compile and length + engine.drafted > engine.capacity < engine.context:
         start = time.perf_counter()
         graphs.warm_up(engine, 1 if args.interactive else len(prompt), length)
         tell(f"warm-up: {time.perf_counter() - start:.1f} s")

@@ -1,5 +1,5 @@
 """From a command line's words to models that fit each other: devices, rules, and loading target,
-draft, tokenizer and judge; under torchrun each rank's shares.
+draft, EAGLE head, tokenizer and judge; under torchrun each rank's shares.
 """
 import argparse
 import json
@@ -12,15 +12,17 @@ import torch
 import checkpoint
 import tp
 from common import UserError, file_hash, refuse, tell
+from drafters.eagle_head import EagleHead, open_head, weight_bytes
 from engine import SPAN
 from judge import RULES, JudgeHead, Rule
 from model import DTYPES, ModelConfig, Transformer
 from ranks import all_reduce, job
 from ranks.job import world
-from ranks.memory import check_memory, reserved
+from ranks.memory import Memory, check_memory, reserved
 from tokenizer import Tokenizer
 
 TOKENIZER_FILES = "config.json", "tokenizer.json", "tokenizer.model"
+GROWING = 512  # positions of an EAGLE head's cache beside the text's, at most, where trees grow
 
 # ---------------------------------------------------------------- devices
 
@@ -119,38 +121,45 @@ class Loaded(NamedTuple):
     draft: Transformer | None
     head: JudgeHead | None
     tokenizer: Tokenizer
+    eagle: EagleHead | None
 
 
 def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float32,
                 draft_dtype: torch.dtype | None = None, speculate_k=0,
-                length=lambda tokenizer: SPAN, caches=1.0, rows: int | None = None) -> Loaded:
+                length=lambda tokenizer: SPAN, caches=1.0, rows: int | None = None,
+                eagle=None) -> Loaded:
     """Check that the checkpoint directories and the judge file fit each other and the memory, then
     load them.
 
-    draft_dtype: default dtype. speculate_k: must be below the context. length(tokenizer): tokens of
-    the longest text, its prompt included. caches: as in `check_memory`. rows: of which logits are
-    made at once, default K + 1, math.inf: of a whole text. Raises UserError.
+    draft_dtype: of draft and EAGLE head, default dtype. speculate_k: the most tokens that a round
+    drafts, below the context. length(tokenizer): tokens of the longest text, its prompt included.
+    caches: as in `check_memory`. rows: of which logits are made at once, default K + 1, math.inf:
+    of a whole text. Raises UserError.
     """
     config, tokenizer = read_vocabulary(target)
     context, models = config.max_seq_len, {"target": (config, dtype, False)}
     if draft:
         draft_config = check_draft(target, draft, tokenizer)
         context = min(context, draft_config.max_seq_len)
-        refuse((speculate_k >= context, f"--speculate_k is {speculate_k}; it must be below the "
-                f"context of {context} tokens"))
+    refuse((speculate_k >= context, f"a round of {speculate_k} drafted tokens does not fit the "
+            f"context of {context}; lower --speculate_k or --tree"))
     head = load_judge(judge, target) if judge else None
-    device, whole = job.start(device), False
+    device, whole, draft_dtype = job.start(device), False, draft_dtype or dtype
     tp.check(config, target)
     if draft:
-        draft_dtype = draft_dtype or dtype
         whole = run_whole(draft, draft_config, device, draft_dtype)
         models["draft"] = draft_config, draft_dtype, whole
     positions = length(tokenizer) if rows else reserved(length(tokenizer), context, speculate_k)
+    if eagle:
+        models["EAGLE head"] = eagle_memory(eagle, config, dtype, draft_dtype, positions, device)
     check_memory(models, positions, rows or speculate_k + 1, device, caches)
     all_reduce.choose(speculate_k + 1, config.dim, dtype, device)
+    eagle_head = load_eagle(eagle, target, device, draft_dtype) if eagle else None
     model = load_model(target, config, device, dtype)
+    if eagle:
+        model.taps = eagle_head.taps
     draft_model = load_model(draft, draft_config, device, draft_dtype, whole) if draft else None
-    return Loaded(model, draft_model, head, tokenizer)
+    return Loaded(model, draft_model, head, tokenizer, eagle_head)
 
 
 def read_vocabulary(directory) -> tuple[ModelConfig, Tokenizer]:
@@ -180,6 +189,36 @@ def load_judge(path, target) -> JudgeHead:
     config = checkpoint.read_config(target)
     parent = config.quantization and config.quantization.parent
     return JudgeHead.load(path, config.dim, checkpoint.fingerprint(target), str(target), parent)
+
+
+def load_eagle(directory, target, device="cpu", dtype=torch.float32) -> EagleHead:
+    """The EAGLE head in a directory, whole on each rank, for the checkpoint directory `target`;
+    raises UserError for another's.
+    """
+    if world() > 1:
+        job.check_same({"the hash of an EAGLE head": eagle_hash(directory)})
+    config = checkpoint.read_config(target)
+    parent = config.quantization and config.quantization.parent
+    return EagleHead.load(directory, config, str(target), checkpoint.fingerprint(target), parent,
+                          device, dtype)
+
+
+def eagle_hash(directory) -> str:
+    """What tells one EAGLE head's directory from another's."""
+    files = *checkpoint.weight_files(directory), Path(directory, "config.json")
+    return "".join(map(file_hash, files))
+
+
+def eagle_memory(directory, target: ModelConfig, dtype: torch.dtype, own_dtype: torch.dtype,
+                 positions: int, device: str) -> Memory:
+    """What an EAGLE head of own_dtype needs: as its cache count its layer's and, of the target in
+    dtype, the states at all positions with their tokens. A pass needs less than the target's.
+    """
+    head, _ = open_head(directory, target)
+    cache = head.to(own_dtype).new_cache(positions + GROWING)
+    states = positions * (target.dim * (1 + len(head.taps)) * dtype.itemsize + 8)
+    return Memory(weight_bytes(directory, target, own_dtype, device),
+                  tp.size(*cache.kv, cache.rope) + states, 0)
 
 
 def load_model(directory, config: ModelConfig, device: str, dtype: torch.dtype,

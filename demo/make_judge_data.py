@@ -34,7 +34,7 @@ def answers(job):
     """All planned answers to a share of the prompts; runs in its own process, on one thread."""
     target_dir, draft_dir, per_task, share, of = job
     torch.set_num_threads(1)
-    target, draft, _, tokenizer = load_models(target_dir, draft_dir)
+    target, draft, _, tokenizer, _ = load_models(target_dir, draft_dir)
     engines = [(rule, t, make_engine(rule, target, draft, temperature=t, seed=share))
                for rule, t in PLAN]
     lines = []

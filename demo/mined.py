@@ -90,7 +90,7 @@ def main():
                "".join(json.dumps(line) + "\n" for line in exactly(answers)))
     used = {line["prompt"] for line in answers}
     unseen = [e for e in read_data(args.exact) if e["prompt"] not in used]
-    target, _, _, tokenizer = load_models(TARGET)
+    target, _, _, tokenizer, _ = load_models(TARGET)
     encoded = encode(tokenizer, unseen, target.config.max_seq_len)
     hidden = hidden_states(target, encoded)
     rows = [["judge", "answers", "with an error", "AUC", "95% interval", "threshold", "right",

@@ -40,7 +40,7 @@ def make_engine(rule: str, target, draft, head=None, **settings) -> Engine:
 
 def show(printer, summary, legend: str):
     """Run the demo; printer and summary are generate.py's, legend explains its colours."""
-    target, draft, head, tokenizer = load_pair()
+    target, draft, head, tokenizer, _ = load_pair()
     count = lambda m: sum(p.numel() for p in m.parameters()) / 1e6
     print(f"Judge decoding on the demo pair: target {count(target):.1f}M, draft "
           f"{count(draft):.2f}M parameters, K = 16, greedy.{legend}")

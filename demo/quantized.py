@@ -68,7 +68,7 @@ def main():
                 where = Path(tmp) / "target"
                 run_script("quantize.py", "--checkpoint_dir", HOME / "target", "--out", where,
                            "--mode", *mode)
-            target, _, _, tokenizer = load_models(where, dtype=torch.bfloat16)
+            target, _, _, tokenizer, _ = load_models(where, dtype=torch.bfloat16)
             value = perplexity(target, tokenizer, args.limit)
             run_script("eval.py", "--task", "demo", "--data", HOME / "problems.jsonl", "--target",
                        where, "--draft", HOME / "draft", "--judge", HOME / "judge.safetensors",

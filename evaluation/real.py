@@ -1,5 +1,5 @@
-"""Real acceptance on real prompts, for benchmark.py: every rule and K, and Hugging Face's generate,
-in turns.
+"""Real acceptance on real prompts, for benchmark.py: every rule, drafter and K, and Hugging Face's
+generate, in turns.
 """
 import time
 from statistics import mean, median
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import graphs
 from engine import Engine, generate
+from evaluation.report import row_name
 from evaluation.timing import compiled, engine_on, start_together, sync
 from judge import JudgeHead
 from load import parse_rule
@@ -51,11 +52,14 @@ def in_turns(calls: dict, prompts: list, device) -> dict[str, list[tuple[float, 
 
 
 def measure_real(args, target: Transformer, draft: Transformer, head: JudgeHead | None,
-                 caches: dict, prompts: list[list[int]], eos_ids) -> dict:
-    """Real prompts, one a repeat, each rule and K on it in turns, to EOS; prefill is included."""
+                 caches: dict, prompts: list[list[int]], eos_ids, make=None) -> dict:
+    """Real prompts, one a repeat, each rule, drafter and K on it in turns, to EOS; prefill is
+    included. args.ks: {drafter: its K's}. make(drafter): one that is no Llama.
+    """
     engines = {"target": engine_on(caches, target)}
-    engines |= {f"{rule} K={k}": engine_on(caches, target, draft, head, *parse_rule(rule), k=k)
-                for k in args.speculate_k for rule in args.rules}
+    engines |= {f"{row_name(rule, name)} K={k}": engine_on(
+        caches, target, draft if name == "llama" else make(name), head, *parse_rule(rule), k=k)
+        for name, ks in args.ks.items() for k in ks for rule in args.rules}
     for name, e in engines.items() if args.compile else ():
         graphs.warm_up(compiled(args, e, name), min(map(len, prompts)),
                        max(map(len, prompts)) + args.max_new_tokens)

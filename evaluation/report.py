@@ -1,6 +1,7 @@
 """What eval.py shows of saved answers: rates with intervals, tables, the picture. No model.
 
-An answer is a dict with rule, id, domain, right, how, tokens, seconds, rounds and accepted.
+An answer is a dict with rule, id, domain, right, how, tokens, seconds, rounds and accepted. Its
+rule names a row of the tables: a rule with the Llama draft, or RULE/DRAFTER, as judge:0.9/eagle.
 Speed-up, won and lost are over the problems that both the rule and the target have answered.
 Intervals are Wilson's; the comparison is McNemar's exact test, two-sided. Neither says anything of
 problems unlike these.
@@ -18,6 +19,18 @@ COLORS = dict.fromkeys((*PLAIN, "standard"), "0.25") | {
     "topk": "#e07b39", "typical": "#7a5ba6", "kl": "#3a9188", "judge": "#c2274b"}
 PALETTE = ("#2f6db5", "#8f8122", "#c45fa0", "#4f9d3a", "#7a5230", "#2aa5c9")  # for any other rule
 MARKERS = {"target": "s", "draft": "D", "standard": "^"}
+OTHERS = {"eagle": "v", "eagle-tree": "P", "ngram": "X"}  # markers of drafters that are no Llama
+
+
+def row_name(rule: str, drafter: str) -> str:
+    """The row of a rule with a drafter; of the Llama draft it is the rule's, as it always was."""
+    return rule if drafter == "llama" else f"{rule}/{drafter}"
+
+
+def row_parts(row: str) -> tuple[str, str | None]:
+    """(rule, drafter) of a row; None for the target alone and the draft alone."""
+    rule, _, drafter = row.partition("/")
+    return rule, None if rule in PLAIN else drafter or "llama"
 
 
 def wilson(right: int, n: int, z=1.959963984540054) -> tuple[float, float]:
@@ -51,15 +64,17 @@ def made(rows) -> int:
     return sum(len(r["tokens"]) - 1 for r in rows)
 
 
-def measure(rule: str, rows: dict, target: dict) -> dict:
-    """The numbers of a rule from its answers {id: answer} and the target's."""
+def measure(row: str, rows: dict, target: dict) -> dict:
+    """The numbers of a row from its answers {id: answer} and the target's."""
     every, both = list(rows.values()), [i for i in rows if i in target]
     n, right, rounds = len(every), sum(r["right"] for r in every), sum(r["rounds"] for r in every)
     fast, base = speed([rows[i] for i in both]), speed([target[i] for i in both])
-    drafts = rule not in PLAIN and rounds > 0
+    rule, drafter = row_parts(row)
+    drafts = drafter is not None and rounds > 0
     won = sum(rows[i]["right"] and not target[i]["right"] for i in both)
     lost = sum(target[i]["right"] and not rows[i]["right"] for i in both)
     return {
+        "rule": rule, "drafter": drafter,
         "n": n, "right": right, "accuracy": right / n, "interval": wilson(right, n),
         "tokens_per_sec": speed(every),
         "speed_up": fast / base if fast and base else None,
@@ -75,7 +90,8 @@ def measure(rule: str, rows: dict, target: dict) -> dict:
 def summarise(answers: dict, settings: dict) -> dict:
     """results.json, from answers {(rule, id): answer}.
 
-    The numbers of every rule, in all and by domain, and whether standard gave the target's tokens.
+    The numbers of every rule with every drafter, in all and by domain, and whether standard gave
+    the target's tokens.
     """
     by = {rule: {i: a for (r, i), a in answers.items() if r == rule} for rule in settings["rules"]}
     by = {rule: rows for rule, rows in by.items() if rows}
@@ -85,8 +101,10 @@ def summarise(answers: dict, settings: dict) -> dict:
     for d in dict.fromkeys(a["domain"] for a in answers.values()):
         parts = {rule: part for rule, rows in by.items() if (part := inside(rows, d))}
         domains[d] = {rule: measure(rule, part, inside(target, d)) for rule, part in parts.items()}
-    both = [i for i in by.get("standard", {}) if i in target]
-    different = [i for i in both if by["standard"][i]["tokens"] != target[i]["tokens"]]
+    standard = [row for row in by if row_parts(row)[0] == "standard"]
+    both = [(row, i) for row in standard for i in by[row] if i in target]
+    different = [i if row == "standard" else f"{i} ({row_parts(row)[1]})"
+                 for row, i in both if by[row][i]["tokens"] != target[i]["tokens"]]
     return {
         "settings": settings,
         "rules": {rule: measure(rule, rows, target) for rule, rows in by.items()},
@@ -112,10 +130,14 @@ def shown(value, form) -> str:
 
 
 def main_table(rules: dict) -> str:
-    rows = [["rule", "right", "accuracy", "95% interval", "tokens/s", "speed-up",
+    """A line for each row of results.json; of which drafter, where not all are the Llama draft."""
+    several = any(m["drafter"] not in (None, "llama") for m in rules.values())
+    first = lambda rule, drafter: [rule, shown(drafter, "{}")] if several else [rule]
+    rows = [[*first("rule", "drafter"), "right", "accuracy", "95% interval", "tokens/s", "speed-up",
              "accepted per round", "tokens per round"]]
-    for rule, m in rules.items():
-        rows.append([rule, f"{m['right']}/{m['n']}", f"{m['accuracy']:.1%}",
+    for m in rules.values():
+        rows.append([*first(m["rule"], m["drafter"]),
+                     f"{m['right']}/{m['n']}", f"{m['accuracy']:.1%}",
                      "{:.1%} to {:.1%}".format(*m["interval"]),
                      shown(m["tokens_per_sec"], "{:.0f}"),
                      shown(m["speed_up"], "{:.2f}x"), shown(m["mean_accepted"], "{:.2f}"),
@@ -130,7 +152,9 @@ def verdict(r: dict) -> str | None:
     """
     if not (s := r["standard_equals_target"]):
         return None
-    line = (f"standard equals the target token for token on {s['same']} of {s['of']} problems "
+    drafters = [m["drafter"] for m in r["rules"].values() if m["rule"] == "standard"]
+    what = "problems" if drafters == ["llama"] else f"answers with {', '.join(drafters)}"
+    line = (f"standard equals the target token for token on {s['same']} of {s['of']} {what} "
             f"({r['settings']['dtype']})")
     if not s["different"]:
         return line
@@ -138,13 +162,19 @@ def verdict(r: dict) -> str | None:
     return f"{line}; it differs on {', '.join(s['different'][:5])}{more}"
 
 
+def models(s: dict) -> str:
+    """The target and what drafts for it, by the names of their directories."""
+    drafts = " and ".join(filter(None, (s.get("draft_name"), s.get("eagle_name"))))
+    return " with ".join(filter(None, (s["target_name"], drafts)))
+
+
 def markdown(r: dict) -> str:
     """results.md, and what is printed."""
     s, rules = r["settings"], r["rules"]
-    names = " with ".join(filter(None, (s["target_name"], s.get("draft_name"))))
+    tree = f", tree {s['tree']}" if s.get("tree") else ""
     chat, mode = ", chat template" if s["chat"] else "", "compiled" if s["compile"] else "eager"
-    parts = [f"{s['task']}: {names}, K = {s['speculate_k']}, greedy, {s['dtype']}, {mode}{chat}, "
-             f"{s['device']}, " + (f"{s['ranks']} ranks" if s.get("ranks") else
+    parts = [f"{s['task']}: {models(s)}, K = {s['speculate_k']}{tree}, greedy, {s['dtype']}, {mode}"
+             f"{chat}, {s['device']}, " + (f"{s['ranks']} ranks" if s.get("ranks") else
                                    f"processes: {s['processes']}"), main_table(rules)]
     if len({m["n"] for m in rules.values()}) > 1:
         parts.append("Not every rule has answered every problem: speed-up and the comparison are "
@@ -185,8 +215,8 @@ def colors(names) -> dict[str, str]:
 
 
 def plot(r: dict, path: Path) -> str | None:
-    """Draw accuracy against speed-up, a curve for each rule over its parameter, the Pareto front
-    behind; returns a sentence instead if that cannot be drawn.
+    """Draw accuracy against speed-up, a curve for each rule and drafter over the rule's parameter,
+    the Pareto front behind; returns a sentence instead if that cannot be drawn.
     """
     try:
         import matplotlib
@@ -201,23 +231,24 @@ def plot(r: dict, path: Path) -> str | None:
     figure, ax = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     xs, ys = zip(*front([(m["speed_up"], m["accuracy"]) for m in points.values()]))
     ax.plot(xs, ys, "o-", color="0.86", lw=7, ms=17, zorder=1, label="Pareto front")
-    name = lambda rule: rule.partition(":")[0]
-    for family, color in colors(map(name, points)).items():
-        curve = sorted((m["speed_up"], m["accuracy"], *m["interval"], rule)
-                       for rule, m in points.items() if name(rule) == family)
+    name = lambda m: m["rule"].partition(":")[0]
+    color = colors(map(name, points.values()))
+    for family, drafter in dict.fromkeys((name(m), m["drafter"]) for m in points.values()):
+        curve = sorted((m["speed_up"], m["accuracy"], *m["interval"], m["rule"])
+                       for m in points.values() if (name(m), m["drafter"]) == (family, drafter))
         x, y, low, high, rules = zip(*curve)  # by speed-up: faster is looser
         bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-        ax.errorbar(x, y, bars, fmt=f"{MARKERS.get(family, 'o')}-", color=color, ms=6, lw=1.8,
-                    elinewidth=0.8, label=family, zorder=2)
+        ax.errorbar(x, y, bars, fmt=f"{OTHERS.get(drafter) or MARKERS.get(family, 'o')}-", ms=6,
+                    color=color[family], lw=1.8, elinewidth=0.8, zorder=2,
+                    label=row_name(family, drafter or "llama"))
         for at, rule in zip(zip(x, y), rules):
             parameter = rule.partition(":")[2] or ("default" if len(curve) > 1 else "")
             ax.annotate(parameter, at, xytext=(6, 5), textcoords="offset points", fontsize=8.5,
-                        color=color)
+                        color=color[family])
     ax.set_xlabel("speed-up over the target alone")
     ax.set_ylabel("accuracy, with 95% intervals")
     s = r["settings"]
-    names = " drafts for ".join(filter(None, (s.get("draft_name"), s["target_name"])))
-    ax.set_title(f"{s['task']}: {visible(names)}\nK = {s['speculate_k']}, {s['dtype']}, "
+    ax.set_title(f"{s['task']}: {visible(models(s))}\nK = {s['speculate_k']}, {s['dtype']}, "
                  f"{s['device']}",
                  fontsize=10.5, parse_math=False)
     ax.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")

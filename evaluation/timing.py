@@ -10,6 +10,7 @@ import torch
 import graphs
 from drafters.llama import LlamaDrafter
 from engine import Engine
+from model import Transformer
 from ranks import job
 from tp import size
 
@@ -59,12 +60,17 @@ def bandwidth(device, repeats: int) -> float:
 
 def engine_on(caches: dict, target, draft=None, head=None, accept="standard", parameter=None,
               k=0) -> Engine:
-    """An engine on caches that others use too: each overwrites them, so none relies on them."""
-    drafter = LlamaDrafter(draft) if draft else None
-    e = Engine(target, drafter, head, accept, parameter, speculate_k=k)
+    """An engine on caches that others use too: each overwrites them, so none relies on them.
+
+    draft: a Llama, or a drafter, which gets caches of its own.
+    """
+    llama = isinstance(draft, Transformer)
+    e = Engine(target, LlamaDrafter(draft) if llama else draft, head, accept, parameter, k)
     e.cache, e.capacity = caches[target], len(caches[target].rope)
-    if drafter:
-        drafter.cache = caches[draft]
+    if llama:
+        e.drafter.cache = caches[draft]
+    elif draft:
+        draft.new_cache(e.capacity)
     return e
 
 

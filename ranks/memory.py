@@ -113,7 +113,11 @@ def needed(models: dict, positions: int, rows: int, n: int, device: str, caches:
            **reading) -> dict[str, float]:
     """{what: bytes on each of n ranks}, the arguments as `check_memory` takes them."""
     found = {}
-    for i, (name, (config, dtype, whole)) in enumerate(models.items()):
+    for i, (name, model) in enumerate(models.items()):
+        if isinstance(model, Memory):
+            found[name] = model
+            continue
+        config, dtype, whole = model
         if n != world():
             whole = i > 0 and tp.better_whole(config, device, dtype, n)
         found[name] = memory(config, dtype, positions, rows, 1 if whole else n, device, **reading)
@@ -135,8 +139,9 @@ def check_memory(models: dict, positions: int, rows: int, device: str, caches=1.
                  **reading):
     """Refuse models that do not fit, with the figures, before anything is allocated.
 
-    models: {"target": (config, dtype, whether each rank runs the whole), "draft": ...}. caches: of
-    each model at a time; 1.5 where one grows. The others, and `reading`: as `memory` takes them.
+    models: {"target": (config, dtype, whether each rank runs the whole), "draft": ...}, the target
+    first; of what is no Llama its Memory. caches: of each model at a time; 1.5 where one grows. The
+    others, and `reading`: as `memory` takes them.
     """
     n, free = world(), min(of_all_ranks(free_memory(device)))
     need = lambda ranks: needed(models, positions, rows, ranks, device, caches, **reading)

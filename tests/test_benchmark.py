@@ -290,8 +290,8 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
     # shared, not copied
     assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == models[0].layers[
         1].ffn.w13.weight[96:].data_ptr()
-    args = SimpleNamespace(speculate_k=[1, 5], max_new_tokens=24, device="cpu", compile=False,
-                           peer="hf", rules=["standard", "judge"],
+    args = SimpleNamespace(speculate_k=[1, 5], ks={"llama": [1, 5]}, max_new_tokens=24,
+                           device="cpu", compile=False, peer="hf", rules=["standard", "judge"],
                            target=SimpleNamespace(config=target),
                            draft=SimpleNamespace(config=draft))
     prompts = [list(range(3, 20)), list(range(40, 50))]

@@ -35,7 +35,7 @@ def test_compiled_demo_pair_gives_the_eager_tokens(monkeypatch):
     """
     # as it is: this takes long to compile, and other tests change spans
     monkeypatch.setattr("engine.SPAN", 256)
-    target, draft, judge_head, tokenizer = load_pair()
+    target, draft, judge_head, tokenizer, _ = load_pair()
     prompts = [tokenizer.encode(p["prompt"]) for p in read_problems(2)]
     for rule in ("target", "judge"):
         # more steps compile longer

@@ -640,7 +640,8 @@ def test_answers_that_another_hand_changed_end_the_run(pair, whole, tmp_path, mo
 
 
 def test_a_picture_takes_any_name(tmp_path, recwarn):
-    rows = {"target": {"speed_up": 1.0, "accuracy": 0.5, "interval": (0.4, 0.6)}}
+    rows = {"target": {"rule": "target", "drafter": None, "speed_up": 1.0, "accuracy": 0.5,
+                       "interval": (0.4, 0.6)}}
     settings = {"task": "demo", "speculate_k": 5, "dtype": "float32", "device": "cpu",
                 "target_name": "a\rb$\\x 🎉", "draft_name": "$^{"}
     assert PLOT({"rules": rows, "settings": settings}, tmp_path / "x.png") is None

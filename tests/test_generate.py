@@ -608,8 +608,8 @@ def test_the_draft_may_have_a_dtype_of_its_own(pair, rule):
     args = G.parse_args(["--target", str(pair / "target"), "--draft", str(pair / "draft"),
                          "--prompt", "x", "--device", "cpu", "--dtype", "bfloat16",
                          "--draft_dtype", "float32", "--accept", *rule])
-    target, draft, _, tokenizer = load_models(args.target, args.draft, dtype=args.dtype,
-                                              draft_dtype=args.draft_dtype)
+    target, draft, _, tokenizer, _ = load_models(args.target, args.draft, dtype=args.dtype,
+                                                 draft_dtype=args.draft_dtype)
     engine = make(target, draft, None, args.accept, args.parameter, 4, args.temperature)
     assert target.norm.weight.dtype == torch.bfloat16 and draft.norm.weight.dtype == torch.float32
     prompt = tokenizer.encode("the cat")
@@ -676,7 +676,7 @@ def test_a_chat_that_outgrows_the_context_goes_on(chatty, tmp_path, monkeypatch,
                  tmp_path / "o.json")
     assert [t["tokens"] for t in json.loads((tmp_path / "o.json").read_text())] == [
         r.tokens for _, r in turns]
-    target, draft, judge_head, tokenizer = load_models(
+    target, draft, judge_head, tokenizer, _ = load_models(
         home, chatty / "draft", chatty / "judge.safetensors", speculate_k=3)
     fresh = lambda p: generate(make(target, *(
         (draft, judge_head, "judge", None, 3) if judged else ())), p, 8)
@@ -856,7 +856,7 @@ BAD = [
     (("--target", "{}/target", "--draft", "{}/draft", "--speculate_k", "0", "--prompt", "x"),
      "--speculate_k is 0"),
     (("--target", "{}/target", "--draft", "{}/draft", "--speculate_k", "128", "--prompt", "x"),
-     "--speculate_k is 128"),
+     "a round of 128 drafted tokens does not fit the context of 128; lower --speculate_k"),
     (("--target", "{}/target", "--prompt", "x", "--temperature", "-1"), "--temperature is -1"),
     (("--target", "{}/target", "--prompt", "x", "--temperature", "nan"), "--temperature is nan"),
     (("--target", "{}/target", "--prompt", "x", "--top_p", "0"), "--top_p is 0"),
