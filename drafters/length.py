@@ -11,6 +11,7 @@ which samples are drawn, depend on where rounds end, so here on times measured.
 import functools
 import time
 from itertools import pairwise
+from statistics import linear_regression
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,26 @@ from model import Cache, Transformer
 from ranks import job
 
 FEW = 2, 4, 8, 16, 32  # BestK's
-KS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32  # where a draft may stop; each is one compiled verification
+KS = 2, 4, 6, 9, 14, 22, 32  # where a draft may stop; each is a verification to compile
 BINS = 5  # of confidence
 MEMORY = 0.97  # what an outcome counts once there is another
 PLAYS, ENOUGH = 4, 1.0  # rounds of each K that are timed, unless they take more seconds than that
+
+
+class Auto(int):
+    """`--speculate_k auto`: as a number, the most that a round drafts."""
+    def __new__(cls):
+        return super().__new__(cls, max(*FEW, *KS))
+
+    def __repr__(self):
+        return "auto"
+
+    __str__ = __repr__
+
+
+def draft_length(text: str) -> int:
+    """What --speculate_k spells: a number, or auto. Raises ValueError."""
+    return Auto() if text == "auto" else int(text)
 
 
 def expected(rate: float, k: int) -> float:
@@ -112,6 +129,9 @@ class EarlyStop(BestK):
     def begin(self, e: Engine):
         self.drafter.bounds = [0.0] * self.ks[-1]  # what is timed stops nowhere
         super().begin(e)
+        # A few rounds are timed with noise, and bounds rest on differences; a line has less of it.
+        step, first = linear_regression(self.ks, self.seconds.values())
+        self.seconds = {k: first + step * k for k in self.ks}
         if not self.spent:
             k = super().choose(e)
             self.tokens, self.spent = 1 + expected(self.rate, k), self.seconds[k]
@@ -218,8 +238,10 @@ class StoppingLlama(LlamaDrafter):
             self.steps = functools.partial(stopping_steps, sure_token=build(sure_token))
 
 
-def automatic(drafter: Drafter) -> tuple[Drafter, BestK]:
-    """The drafter, and the chooser of an engine whose speculate_k is max(chooser.ks)."""
+def automatic(drafter: Drafter | None, k: int) -> tuple[Drafter | None, BestK | None]:
+    """The drafter and the chooser of an engine with speculate_k = k, a number or Auto."""
+    if not isinstance(k, Auto):
+        return drafter, None
     if type(drafter) is LlamaDrafter and job.world() == 1 and (
             drafter.model.norm.weight.device.type == "cpu"):
         drafter = StoppingLlama(drafter.model)

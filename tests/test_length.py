@@ -1,5 +1,6 @@
 """--speculate_k auto: its choices against exhaustive computation, its rounds against fixed ones."""
 import itertools
+import json
 import random
 from functools import lru_cache
 from types import SimpleNamespace
@@ -7,13 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import benchmark as B
 import drafters.length as L
+import eval as E
+import generate as G
 from common import UserError
-from drafters.length import BINS, BestK, EarlyStop, StoppingLlama, automatic, expected
+from drafters.length import BINS, Auto, BestK, EarlyStop, StoppingLlama, automatic, expected
 from drafters.llama import LlamaDrafter, draft_steps
 from engine import Drafter, Engine, generate
 from graphs import compile_engine, warm_up
-from helpers import random_model, tiny_config
+from helpers import random_model, run_command, tiny_config
+from test_choice import flags_of, home, short, written  # noqa: F401 (fixtures)
 from test_compile import counter  # noqa: F401 (a fixture)
 from test_generate import (  # noqa: F401 (a fixture)
     alone,
@@ -322,12 +327,17 @@ def test_times_are_measured_and_nothing_else_changes(monkeypatch):
         assert [k for _, k in plays] == [1, 2, 4, 8] * L.PLAYS  # as told, although it may stop
         seconds = e.chooser.seconds
         # The first K of each turn was slow every time: no more than the next one's.
-        assert [round(1000 * seconds[k], 6) for k in (1, 2, 4, 8)] == [4.0, 4.0, 4.0, 9.0]
+        assert [round(1000 * t, 6) for t in e.chooser.costs[64]] == [4.0, 4.0, 4.0, 9.0]
+        line = torch.linalg.lstsq(torch.tensor([[1.0, k] for k in (1, 2, 4, 8)]).double(),
+                                  torch.tensor([[4.0], [4], [4], [9]]).double()).solution
+        assert 1000 * seconds[4] == pytest.approx(float(line[0] + 4 * line[1]))
         assert e.outcome[-4:].tolist() == plain.outcome[-4:].tolist()
         assert torch.equal(e.rng.get_state(), plain.rng.get_state())
         e.prefill(tokens(9), 50)
         assert len(plays) == 4 * L.PLAYS
+        e.drafter.bounds = [2.0] * 8  # as a round left them
         e.prefill(tokens(70), 50)
+        assert [k for _, k in plays[4 * L.PLAYS:]] == [1, 2, 4, 8] * L.PLAYS
         assert len(plays) == 8 * L.PLAYS and plays[-1][0] == 128 and plays[0][0] == 64
         monkeypatch.setattr(L, "ENOUGH", 0.05)  # the first turn took longer
         e.chooser.costs = {}
@@ -337,13 +347,14 @@ def test_times_are_measured_and_nothing_else_changes(monkeypatch):
 
 def test_which_rule_a_drafter_gets_and_whose_times_count(monkeypatch):
     llama = LlamaDrafter(models()["good"])
-    drafter, chooser = automatic(llama)
+    drafter, chooser = automatic(llama, Auto())
     assert type(drafter) is StoppingLlama and type(chooser) is EarlyStop
     assert drafter.model is llama.model and chooser.drafter is drafter
+    assert automatic(llama, 32) == (llama, None) and automatic(None, 0) == (None, None)
     told = Told([], None)
-    assert automatic(told)[0] is told and type(automatic(told)[1]) is BestK
+    assert automatic(told, Auto())[0] is told and type(automatic(told, Auto())[1]) is BestK
     monkeypatch.setattr("ranks.job.world", lambda: 2)  # ranks might stop at different tokens
-    drafter, chooser = automatic(llama)
+    drafter, chooser = automatic(llama, Auto())
     assert drafter is llama and type(chooser) is BestK
     monkeypatch.setattr("ranks.job.broadcast", lambda value: [5, 4, 3, 2, 1])
     chooser.begin(SimpleNamespace(span=lambda n: 64, tokens=[], drafted=32))
@@ -374,3 +385,44 @@ def test_nothing_is_compiled_after_the_warm_up_and_the_text_is_the_eager_one(
         want, got = (generate(e, tokens(n, seed=n), new) for e in (eager, fast))
         assert (got.tokens, got.accept_counts) == (want.tokens, want.accept_counts)
     assert counter.frame_count == warm
+
+
+# ---------------------------------------------------------------- commands
+
+@pytest.mark.parametrize("draft", [["{}/draft"], ["{}/eagle"], ["ngram"]], ids=" ".join)
+def test_generate_with_auto(home, tmp_path, monkeypatch, draft):  # noqa: F811
+    auto = written(monkeypatch, home, tmp_path, "--draft", *draft, "--speculate_k", "auto")
+    assert auto["tokens"] == written(monkeypatch, home, tmp_path)["tokens"]
+    assert len(auto["accept_counts"]) == 33
+
+
+def test_eval_with_auto(home, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """Its answers are not those of a number, and its K is said."""
+    flags = flags_of(home, "--rules", "target,standard", "--drafters", "llama,eagle-tree,ngram",
+                     "--tree", "3,2", "--out", tmp_path)
+    E.main([*flags, "--speculate_k", "auto"])
+    said = capsys.readouterr().out
+    assert "K = auto" in said and "on 9 of 9 answers" in said
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["speculate_k"] == "auto"
+    E.main([*flags, "--speculate_k", "auto", "--rescore"])
+    with pytest.raises(UserError, match="speculate_k was auto, now 32"):
+        E.main([*flags, "--speculate_k", "32"])
+    session = E.Session(E.parse_args([*flags, "--speculate_k", "auto"]), [
+        {"id": "1", "domain": "code", "prompt": "x", "answer": "y"}])
+    kinds = {row: type(e.chooser) for row, e in session.engines.items()}
+    assert kinds == {"target": type(None), "standard": EarlyStop, "standard/ngram": BestK,
+                     "standard/eagle-tree": type(None)}
+
+
+@pytest.mark.parametrize("command, flags, message", [
+    (G, ["--target", "t", "--draft", "ngram", "--prompt", "x", "--speculate_k", "soon"], "soon"),
+    (E, ["--replay", "f", "--target", "t", "--rules", "standard", "--speculate_k", "auto"],
+     "--replay drafts nothing"),
+    (B, ["--target", "llama-3.1-8b", "--draft", "llama-3.1-8b", "--speculate_k", "4,auto"],
+     "--speculate_k auto is used with --prompts")])
+def test_what_auto_does_not_fit_is_refused(command, flags, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_command(monkeypatch, command, *flags, "--device", "cpu")
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and message in error and error.count("\n") == 1
