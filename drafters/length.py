@@ -27,7 +27,7 @@ FEW = 2, 4, 8, 16, 32  # BestK's
 KS = 2, 4, 6, 9, 14, 22, 32  # where a draft may stop; each is a verification to compile
 BINS = 5  # of confidence
 MEMORY = 0.97  # what an outcome counts once there is another
-PLAYS, ENOUGH = 4, 1.0  # rounds of each K that are timed, unless they take more seconds than that
+PLAYS, ENOUGH = 4, 1.0  # rounds of each K that are timed; after so many seconds no further turn
 
 
 class Auto(int):
@@ -72,7 +72,7 @@ def seconds_of_rounds(e: Engine, ks: list[int], span: int) -> list[float]:
 
 class BestK:
     """The K of `ks` with most tokens per second: under a geometric run of acceptances, whose rate
-    the rounds so far tell, in the time that a round of this K takes on this machine.
+    the rounds so far tell, in the time that a round of this K takes here (arXiv 2211.17192).
     """
 
     def __init__(self, ks=FEW):
@@ -83,7 +83,8 @@ class BestK:
 
     @property
     def rate(self) -> float:
-        return self.accepted / (self.accepted + self.refused)
+        """The probability that a token is accepted; never 0, so that it can be divided by."""
+        return max(1e-6, self.accepted / (self.accepted + self.refused))
 
     def begin(self, e: Engine):
         """Before a text's first round: measure, if its span of attention is a new one."""
@@ -113,8 +114,8 @@ class EarlyStop(BestK):
     2406.16858), but not of the draft's confidences: of the acceptance seen at each, in BINS. A
     judge accepts tokens that a draft is unsure of; the standard test seldom does.
 
-    An unsure token is drafted all the same, and what follows it is not: so its acceptance stays
-    known, and that the draft's own tokens decide where it ends keeps sampling exact.
+    An unsure token is drafted and tested all the same, only what follows it is not: so its
+    acceptance stays known, and sampling stays exact, as the target's draws decide nothing of it.
     """
 
     def __init__(self, drafter: "StoppingLlama", ks=KS):
