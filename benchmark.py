@@ -212,8 +212,7 @@ def main(argv=None):
     needs = {flag: (config, dtype, n == 1)
              for (flag, (_, dtype)), config, n in zip(sources.items(), configs, shared)}
     if headed:  # each of its engines has caches of its own
-        own = eagle_memory(args.eagle, configs[0], args.dtype, args.draft_dtype, capacity,
-                           args.device)
+        own = eagle_memory(args.eagle, configs[0], args.draft_dtype, capacity, args.device)
         engines = len(args.rules) * sum(len(args.ks[name]) for name in headed)
         needs["EAGLE head"] = own._replace(cache=engines * own.cache)
     check_memory(needs, capacity, max(*args.rows, args.drafted + 1), args.device,
@@ -228,7 +227,6 @@ def main(argv=None):
     all_reduce.choose(args.drafted + 1, configs[0].dim, args.dtype, args.device)
     target, draft = (build(source, args.device, dtype, n)
                      for (source, dtype), n in zip(sources.values(), shared))
-    target.taps = eagle.taps if eagle else ()
     make = lambda name: make_drafter(name, target, draft, eagle, args.tree)
     weight = torch.randn(1, target.config.dim) / math.sqrt(target.config.dim)
     dummy = JudgeHead(weight, torch.zeros(1), 0.5, "")  # it costs what any judge costs

@@ -94,16 +94,16 @@ def play_round(e: "Engine", span: int, k: int) -> int:
     s, state = e.settings, e.state
 
     # 1. draft: K tokens, and the logits they come from where acceptance compares them
-    drafted, draft_logits, tree = state.last[:0], None, ()
+    drafted, logits, tree = state.last[:0], None, ()
     if k:
-        drafted, draft_logits, *tree = e.drafter.propose(state, k, span, s, e.noise(k))
+        drafted, logits, *tree = e.drafter.propose(state, k, span, s, e.noise(k * (not s.certain)))
         drafted, k = e.agree(drafted), tree[0].height if tree else len(drafted)
 
-    uniform = None if s.greedy or s.certain or not k else torch.rand(
-        k, device=e.device, generator=e.rng)
+    draws = k + 1 if s.certain or tree else 1  # of the target: each token, or what follows them
+    uniform = None if s.greedy or draws > k else torch.rand(k, device=e.device, generator=e.rng)
     outcome, *read = e.verify_and_accept(
-        e.target, e.head, e.cache.first(span), s, state, drafted, draft_logits, uniform,
-        e.noise(len(drafted) + 1 if s.certain else 1), tree=tree[0] if tree else None)
+        e.target, e.head, e.cache.first(span), s, state, drafted, logits, uniform, e.noise(draws),
+        tree=tree[0] if tree else None)
     e.outcome[-len(outcome):].copy_(e.agree(outcome))
     if e.drafter and e.drafter.wants_hidden:
         e.drafter.read(*read, span)
@@ -127,8 +127,8 @@ def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache,
 def decide(target: Transformer, head: JudgeHead | None, s: Settings, state: State, hidden: Tensor,
            drafted: Tensor, draft_logits: Tensor, uniform: Tensor, noise: Tensor, tree=None):
     """The packed outcome of the target's hidden states [K + 1, D], which LM head and judge read.
-    drafted [K], draft_logits [K, V or fewer], uniform [K], noise [1, V], [K + 1, V] if s.certain.
-    A tree has N drafted tokens for K; the rows of the path it keeps, [height + 1], come too.
+    drafted [K], draft_logits [K, V or fewer]; uniform [K] and noise [1, V], or noise [K + 1, V].
+    A tree has N drafted tokens and K levels; the rows of the path it keeps, [K + 1], come too.
     """
     hidden = hidden[:, :target.config.dim]  # without the taps
     logits, scores = target.output(hidden), None if head is None else head(hidden[1:])
@@ -157,10 +157,10 @@ def standard_test(v: Verified, logits: Tensor, s: Settings, uniform: Tensor | No
     """bool [K]: what the target may have written itself; and a function: its token [1] after the
     last accepted row, end [1], of logits [K + 1, V], where tested [1] says if the next one was.
     """
-    if s.greedy or s.certain or not len(v.drafted):
+    if uniform is None:
         # Drafted for certain, q = 1, a token passes with probability p, and one of siblings at most
         # (recursive rejection): as likely as the target drawing it. So it draws first.
-        own = choose(logits, s, noise)
+        own = choose(logits, s, tree.by_depth(noise) if tree else noise)
         before = tree.before(own) if tree else own[:-1]
         return before == v.drafted, lambda end, tested: own.index_select(0, end)
     p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
@@ -209,8 +209,8 @@ class Drafter:
         """Tokens [k] to follow the text, and the logits [k, V or fewer] they were chosen from.
 
         state.last is the text's end. Without s.needs_draft_logits the logits may be None; for a
-        certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling. Where tokens
-        do not follow one another a third value, a drafters.tree.Tree, says how they do.
+        certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling, unless
+        `certain`. Where they do not follow one another a third value, drafters.tree.Tree, says how.
         """
         raise NotImplementedError  # every drafter has its own
 

@@ -58,7 +58,8 @@ def compile_engine(e: Engine):
 
     def whole(model, call):
         if on_cpu and alone() and model.config.n_layer <= WHOLE:
-            return of_whole(model, build(call))
+            call = any_span(build(call))
+            return lambda _, *args, **more: call(model, *args, **more)  # compiled with the model
 
     if call := whole(target, verify_and_accept):
         e.verify_and_accept = call
@@ -66,7 +67,8 @@ def compile_engine(e: Engine):
         e.verify_and_accept = functools.partial(verify_and_accept, decided=build(decide))
         e.next_token = build(next_token)
     if e.drafter:
-        e.drafter.compile(build, lambda model: by_block(model, build, rows), whole)
+        e.drafter.compile(lambda call: any_span(build(call)),
+                          lambda model: by_block(model, build, rows), whole)
     if not on_cpu:
         models = [e.target, *filter(None, [getattr(e.drafter, "model", None)])]
         e.play = RecordedRounds(e.play, len(models) > bool(e.drafter) and all(
@@ -119,15 +121,15 @@ def any_size(t: Tensor | None, dim: int):
         torch._dynamo.maybe_mark_dynamic(t, dim)
 
 
-def of_whole(model: Transformer, call):
-    """A compiled call, always on `model`, which is compiled with it."""
-    def whole(_, *args, **more):
+def any_span(call):
+    """A compiled call that takes caches of any length."""
+    def marked(*args, **more):
         for cache in args:
             if isinstance(cache, Cache):
                 for t in *cache.kv, cache.rope:
                     any_size(t, 0)
-        return call(model, *args, **more)
-    return whole
+        return call(*args, **more)
+    return marked
 
 
 class RecordedRounds:
@@ -144,9 +146,12 @@ class RecordedRounds:
         if e.cache is not self.cache:  # the caches grew: the graphs point into the old ones
             self.cache, self.graphs = e.cache, {}
         if (span, k) not in self.graphs:
-            self.graphs[span, k] = record(lambda: self.play(e, span, k), [e.outcome], e.rng)
-        self.graphs[span, k].replay()
-        return k
+            made = []
+            graph = record(lambda: made.append(self.play(e, span, k)), [e.outcome], e.rng)
+            self.graphs[span, k] = graph, made[-1]
+        graph, made = self.graphs[span, k]
+        graph.replay()
+        return made
 
 
 @functools.cache

@@ -52,11 +52,11 @@ def typical(v: Verified, epsilon: float) -> Tensor:
 
 def kl(v: Verified, divergence: float) -> Tensor:
     """Accept where KL(target || draft) < divergence and the target is not SURE (arXiv 2601.04766).
-    At temperature 1; 0 is the standard rule. The sum is over the columns both have; the target's
-    mass beyond them is added (generalised KL, never negative).
+    At temperature 1; 0: standard. The target's mass on what cannot be drafted is added, as it is.
     """
     logp, logq = v.logits.float().log_softmax(-1), v.draft_logits.float().log_softmax(-1)
     p, n = logp.exp(), logq.shape[-1]
+    logq = logq.where(logq > -math.inf, logp[:, :n] - 1)  # so that p (logp - logq) is p
     total = (p[:, :n] * (logp[:, :n] - logq)).sum(-1) + p[:, n:].sum(-1)
     return (total < divergence) & (p.amax(-1) <= SURE)
 

@@ -85,8 +85,8 @@ class EagleHead(nn.Module):
 
     def fuse(self, hidden: Tensor) -> Tensor:
         """The target's states [..., D * (1 + len(taps))] -> the ones the layer reads, [..., D]."""
-        hidden = hidden.to(self.dtype)
-        return self.fc(hidden[..., self.config.dim:]) if self.version == 3 else hidden
+        own, tapped = hidden.to(self.dtype).tensor_split([self.config.dim], -1)
+        return self.fc(tapped) if self.version == 3 else own
 
     def features(self, embeds: Tensor, hidden: Tensor, pos: Tensor, cache: Cache,
                  at: Tensor | None = None, mask: Tensor | None = None) -> Tensor:

@@ -22,17 +22,26 @@ class Tree:
 
     @classmethod
     def of(cls, parent: Tensor, height: int) -> "Tree":
+        """The tree in which no token stands deeper than `height`; children may precede parents."""
+        height = min(height, len(parent))
         own = torch.eye(len(parent) + 1, dtype=torch.bool, device=parent.device)
         above = torch.cat((parent.new_zeros(1), parent))
         upto = own
         for _ in range(height):
             upto = own | upto.index_select(0, above)
-        upto = upto | own[:1]  # the root stands on every path
         return cls(parent, height, upto, upto.sum(-1) - 1)
 
     def before(self, rows: Tensor) -> Tensor:
         """Of rows [N + 1, ...], the one that each token follows, [N, ...]."""
         return rows.index_select(0, self.parent)
+
+    def by_depth(self, noise: Tensor | None) -> Tensor | None:
+        """noise [height + 1, V] for each row, [N + 1, V]; None when greedy.
+
+        Rows of one depth share theirs, so that rows with the same text draw the same token. Of two
+        such rows that drew for themselves the luckier would be kept, which is another distribution.
+        """
+        return None if noise is None else noise.index_select(0, self.depth)
 
     def where(self, pos: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
         """RoPE positions [N + 1] of the rows, and what they attend to, bool [N + 1, span]: all of

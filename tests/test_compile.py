@@ -183,10 +183,10 @@ def test_where_attention_reads_what_is_there_one_recording_serves_every_span(mon
     monkeypatch.setattr("graphs.record", lambda call, *args: (call(), replay)[1])
     for one, spans in ((True, [256]), (False, [64, 128])):
         recorded.clear(), played.clear()
-        play = RecordedRounds(lambda e, span, k: recorded.append(span), one)
+        play = RecordedRounds(lambda e, span, k: recorded.append(span) or k - 1, one)
         engine = SimpleNamespace(cache="cache", capacity=256, outcome=None, rng=None)
         for span in (64, 128, 64):
-            assert play(engine, span, 5) == 5
+            assert play(engine, span, 5) == 4  # the K that the round had
         assert recorded == spans and len(played) == 3
         play(engine, 64, 2)  # another K is another recording
         assert len(recorded) == len(spans) + 1
