@@ -27,7 +27,7 @@ class CountedTree(Tree):
         above, depth, kept = self.upto[1:, 1:], self.depth[1:], path[1:int(n) + 1] - 1
         lengths = lambda ok: (ok | ~above).all(-1) * (depth <= room) * depth
         standard = int(lengths(passed).max())
-        self.counts += Counter({
+        self.counts.update({
             "rounds": 1,
             "tokens accepted": int(n),
             "tokens that the standard test alone accepts": standard,
