@@ -49,7 +49,8 @@ from common import (  # noqa: E402
     run,
     write_json,
 )
-from drafters.llama import LlamaDrafter  # noqa: E402
+from drafters.choice import make_drafter, parse_tree  # noqa: E402
+from drafters.length import BestK  # noqa: E402
 from engine import Engine, generate, power_of_two  # noqa: E402
 from evaluation.dummy import PRESETS, Source, build, describe  # noqa: E402
 from evaluation.passes import attention_name, first_token, verification  # noqa: E402
@@ -58,7 +59,7 @@ from evaluation.timing import bandwidth, compiled, engine_on, interleaved, recor
 from graphs import builder, warm_up  # noqa: E402
 from judge import JudgeHead  # noqa: E402
 from linear import MODES, Linear, Quantization  # noqa: E402
-from load import load_judge  # noqa: E402
+from load import load_eagle, load_judge  # noqa: E402
 from ranks.memory import check_memory  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from tp import size  # noqa: E402
@@ -74,7 +75,9 @@ BFLOAT16_ERROR = 0.01
 # gives 0.07 to 0.15 there.
 LOGITS = {"float32": 1e-3, "fp8": 0.25}
 BFLOAT16_LOGITS = 0.1
-CASES = {"float32": ("alone", "standard", "judge", "sampled"), "bf16": ("alone", "judge"),
+EXACT = "standard", "eagle", "tree", "ngram", "auto"  # by drafter; the text is the target's
+TREE = parse_tree("26:5")
+CASES = {"float32": ("alone", *EXACT, "judge", "sampled"), "bf16": ("alone", "judge", "tree"),
          "int8": ("judge",), "int4": ("judge",), "fp8": ("judge",)}
 
 
@@ -208,12 +211,13 @@ def smoke(c: Check, mode: str):
         target, draft = load(where, c.device, dtype), load(DEMO / "draft", c.device, dtype)
         reference = load(DEMO / "target" if mode == "fp8" else where, "cpu", torch.float32)
         tokenizer, head = Tokenizer.from_dir(where), load_judge(DEMO / "judge.safetensors", where)
+        eagle = load_eagle(DEMO / "eagle", where, c.device, dtype)
     texts = {}
     for case in CASES[mode]:
-        texts[case] = eager_and_recorded(c, f"smoke.{mode}.{case}", target, draft, head, tokenizer,
-                                         case)
-    if "standard" in texts:
-        agree(c, f"smoke.{mode}.standard_same_as_alone", texts["standard"], texts["alone"], 1.0)
+        texts[case] = eager_and_recorded(c, f"smoke.{mode}.{case}", target, draft, head, eagle,
+                                         tokenizer, case)
+    for case in EXACT if mode == "float32" else ():
+        agree(c, f"smoke.{mode}.{case}_same_as_alone", texts[case], texts["alone"], 1.0)
     limit = LOGITS.get(mode, BFLOAT16_LOGITS)
     c.expect(f"smoke.{mode}.logits_error", logits_error(c, target, reference), limit)
 
@@ -230,16 +234,27 @@ def logits_error(c: Check, model, reference) -> float:
     return max(errors)
 
 
-def eager_and_recorded(c: Check, name: str, target, draft, head, tokenizer, case: str) -> list:
-    """The eager texts, which the recorded rounds must give again."""
-    settings = {"judge": dict(head=head, accept="judge"),
+def engine_of(c: Check, case: str, target, draft, head, eagle) -> Engine:
+    if case == "alone":
+        return Engine(target)
+    name = {"eagle": "eagle", "tree": "eagle-tree", "ngram": "ngram"}.get(case, "llama")
+    settings = {"judge": dict(head=head, accept="judge"), "tree": dict(speculate_k=TREE.height),
                 "sampled": dict(temperature=0.8, top_p=0.9, seed=3)}.get(case, {})
+    if case == "auto":
+        best = BestK((2, 4))
+        settings = dict(chooser=best, speculate_k=best.ks[-1])
+    return Engine(target, make_drafter(name, target, draft, eagle, TREE),
+                  **{"speculate_k": c.sizes.smoke_k} | settings)
+
+
+def eager_and_recorded(c: Check, name: str, target, draft, head, eagle, tokenizer,
+                       case: str) -> list:
+    """The eager texts, which the recorded rounds must give again."""
     lines = json_lines(DEMO / "problems.jsonl")[:900:900 // c.sizes.prompts]
     prompts = [tokenizer.encode(line.value["prompt"]) for line in lines]
     new = c.sizes.tokens
     texts = lambda e: [generate(e, p, new, tokenizer.eos_ids) for p in prompts]
-    make = lambda: Engine(target, None if case == "alone" else LlamaDrafter(draft),
-                          speculate_k=c.sizes.smoke_k, **settings)
+    make = lambda: engine_of(c, case, target, draft, head, eagle)
     eager = [r.tokens for r in texts(make())]
     fast = compiled(c, make(), name)
     warm_up(fast, min(map(len, prompts)), max(map(len, prompts)) + new)
