@@ -25,20 +25,27 @@ from ranks import job
 
 FEW = 2, 4, 8, 16, 32  # BestK's
 KS = 2, 4, 6, 9, 14, 22, 32  # where a draft may stop; each is a verification to compile
+MOST = max(*FEW, *KS)
 BINS = 5  # of confidence
 MEMORY = 0.97  # what an outcome counts once there is another
 PLAYS, ENOUGH = 4, 1.0  # rounds of each K that are timed; after so many seconds no further turn
 
 
 class Auto(int):
-    """`--speculate_k auto`: as a number, the most that a round drafts."""
-    def __new__(cls):
-        return super().__new__(cls, max(*FEW, *KS))
+    """`--speculate_k auto`: as a number, the most that a round drafts, but equal to no number."""
+    def __new__(cls, most=MOST):
+        return super().__new__(cls, most)
 
     def __repr__(self):
         return "auto"
 
-    __str__ = __repr__
+    def __eq__(self, other):
+        return isinstance(other, Auto)
+
+    def __ne__(self, other):
+        return not self == other
+
+    __str__, __hash__ = __repr__, int.__hash__
 
 
 def draft_length(text: str) -> int:
