@@ -72,7 +72,7 @@ def numbers(kind, flag):
     """A parser of a comma-separated list."""
     def parse(text):
         try:
-            return sorted({str(x): x for x in map(kind, text.split(","))}.values())
+            return sorted({kind(x) for x in text.split(",")})
         except ValueError:
             raise UserError(f"--{flag} {text}: give numbers with commas between, like "
                             "4,8,16") from None

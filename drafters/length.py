@@ -25,20 +25,27 @@ from ranks import job
 
 FEW = 2, 4, 8, 16, 32  # BestK's
 KS = 2, 4, 6, 9, 14, 22, 32  # where a draft may stop; each is a verification to compile
+MOST = max(*FEW, *KS)
 BINS = 5  # of confidence
 MEMORY = 0.97  # what an outcome counts once there is another
 PLAYS, ENOUGH = 4, 1.0  # rounds of each K that are timed; after so many seconds no further turn
 
 
 class Auto(int):
-    """`--speculate_k auto`: as a number, the most that a round drafts."""
-    def __new__(cls):
-        return super().__new__(cls, max(*FEW, *KS))
+    """`--speculate_k auto`: as a number, the most that a round drafts, but equal to no number."""
+    def __new__(cls, most=MOST):
+        return super().__new__(cls, most)
 
     def __repr__(self):
         return "auto"
 
-    __str__ = __repr__
+    def __eq__(self, other):
+        return isinstance(other, Auto)
+
+    def __ne__(self, other):
+        return not self == other
+
+    __str__, __hash__ = __repr__, int.__hash__
 
 
 def draft_length(text: str) -> int:
@@ -158,11 +165,10 @@ class EarlyStop(BestK):
 # ---------------------------------------------------------------- a draft that may stop
 
 def sure_token(model: Transformer, hidden: Tensor, s: Settings, noise: Tensor | None):
-    """`engine.next_token`, and the bin [1] of the probability that the draft gives its argmax."""
+    """`engine.next_token`, and the probability [1] that the draft gives its argmax."""
     logits = model.output(hidden[:, :model.config.dim])[:, :s.vocab_size]
     sure = logits.float().softmax(-1).amax(-1)
-    at = (sure * BINS).long().clamp(max=BINS - 1)
-    return choose(logits, s, noise), logits if s.needs_draft_logits else None, at
+    return choose(logits, s, noise), logits if s.needs_draft_logits else None, sure
 
 
 def first_step(model: Transformer, cache: Cache, last: Tensor, length: Tensor) -> Tensor:
@@ -177,30 +183,34 @@ def stopping_steps(model: Transformer, cache: Cache, last: Tensor, length: Tenso
     of their number. Tokens [K], logits [K, V or fewer] or None, bins [K], and how many count [1].
     """
     hidden, chance, made = first_step(model, cache, last, length), 1.0, []
+    chances, bounds = chances.tolist(), bounds.tolist()  # on the host: fewer small operations
     for i in range(len(bounds)):
-        token, row, at = sure_token(model, hidden, s, None if noise is None else noise[i:i + 1])
+        token, row, sure = sure_token(model, hidden, s, None if noise is None else noise[i:i + 1])
+        at = min(BINS - 1, int(BINS * sure.item()))
         made.append((token, row, at))
-        chance = chance * chances[at]
+        chance *= chances[at]
         if chance < bounds[i]:
             break
         if i < len(bounds) - 1:
             hidden = model.features(token[None], length + i, cache)[0]
     drafted, logits, bins = zip(*made)
     return (torch.cat(drafted), torch.cat(logits) if s.needs_draft_logits else None,
-            torch.cat(bins), torch.tensor([len(made)]))
+            torch.tensor(bins), torch.tensor([len(made)]))
 
 
 def stopping_loop(model: Transformer, cache: Cache, last: Tensor, length: Tensor, s: Settings,
                   noise: Tensor | None, chances: Tensor, bounds: Tensor):
     """`stopping_steps` as the compiler sees it, a first step and a loop; rows beyond are zero."""
-    token, row, at = sure_token(model, first_step(model, cache, last, length), s,
-                                None if noise is None else noise[:1])
-    more = len(bounds) - 1
+    in_bins = lambda sure: (sure * BINS).long().clamp(max=BINS - 1)
+    token, row, sure = sure_token(model, first_step(model, cache, last, length), s,
+                                  None if noise is None else noise[:1])
+    more, at = len(bounds) - 1, in_bins(sure)
 
     def step(i, token, chance, drafted, bins, *logits):
         hidden = model.features(token[None], length + i - 1, cache)[0]
-        token, row, at = sure_token(model, hidden, s,
-                                    None if noise is None else noise.index_select(0, i))
+        token, row, sure = sure_token(model, hidden, s,
+                                      None if noise is None else noise.index_select(0, i))
+        at = in_bins(sure)
         return (i + 1, token, chance * chances[at], drafted.index_copy(0, i, token),
                 bins.index_copy(0, i, at), *(rows.index_copy(0, i, row) for rows in logits))
 
