@@ -149,9 +149,9 @@ class RecordedRounds:
             made = []
             graph = record(lambda: made.append(self.play(e, span, k)), [e.outcome], e.rng)
             self.graphs[span, k] = graph, made[-1]
-        graph, made = self.graphs[span, k]
+        graph, drafted = self.graphs[span, k]
         graph.replay()
-        return made
+        return drafted
 
 
 @functools.cache
