@@ -289,23 +289,25 @@ def killed_after(monkeypatch, name, calls, of=T):
 def test_any_kill_and_the_same_command_give_the_same_bytes(monkeypatch, home, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr(T, "TOGETHER", 2)
-    train(monkeypatch, home, whole)
+    sampled = "--temperature", 0.9
+    train(monkeypatch, home, whole, *sampled)
     for name, calls, of in (("append", 1, T.AnswerLog), ("append", 2, T.AnswerLog),
                             ("train_step", 0, T), ("train_step", 3, T), ("train_step", 2, T),
                             ("report", 0, T)):
         with monkeypatch.context() as m, pytest.raises(Killed):
             m.setattr(T, "SAVE_SECONDS", -1)
             killed_after(m, name, calls, of)
-            train(m, home, broken)
+            train(m, home, broken, *sampled)
         if name == "train_step" and calls == 2:  # two more after the three before
             assert json.loads(metadata(broken / T.STATE)["step"]) == 5
-    train(monkeypatch, home, broken)
+    train(monkeypatch, home, broken, *sampled)
     assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())
     for name in ("answers.jsonl", "config.json", "model.safetensors"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
-    train(monkeypatch, home, tmp_path / "another", "--seed", 1)
-    assert ((tmp_path / "another" / "model.safetensors").read_bytes()
-            != (whole / "model.safetensors").read_bytes())
+    another = tmp_path / "another"
+    train(monkeypatch, home, another, "--seed", 1, *sampled)
+    for name in ("answers.jsonl", "model.safetensors"):
+        assert (another / name).read_bytes() != (whole / name).read_bytes()
 
 
 def metadata(path):
