@@ -36,6 +36,7 @@ from drafters.choice import (
     most_drafted,
     resolve_drafters,
 )
+from drafters.length import Auto, draft_length
 from engine import power_of_two
 from evaluation import collectives
 from evaluation.benchmark_report import plot, report
@@ -71,7 +72,7 @@ def numbers(kind, flag):
     """A parser of a comma-separated list."""
     def parse(text):
         try:
-            return sorted({kind(x) for x in text.split(",")})
+            return sorted({str(x): x for x in map(kind, text.split(","))}.values())
         except ValueError:
             raise UserError(f"--{flag} {text}: give numbers with commas between, like "
                             "4,8,16") from None
@@ -92,8 +93,9 @@ def parse_args(argv=None):
                    "standard,topk:3 (default standard, and judge with --judge)")
     add_drafter_flags(p)
     p.add_argument("--peer", choices=("hf",), help="compare with Hugging Face's generate too")
-    p.add_argument("--speculate_k", type=numbers(int, "speculate_k"), default=None,
-                   help="list of K (default 4,8,16,32; a tree brings its own)")
+    p.add_argument("--speculate_k", type=numbers(draft_length, "speculate_k"), default=None,
+                   help="list of K (default 4,8,16,32; a tree brings its own); with --prompts auto "
+                   "may be among them: as many as pay, measured")
     p.add_argument("--rows", type=numbers(int, "rows"), default=ROWS, help="list of rows of the "
                    "verification passes (default 1,2,4,8,16,32,64; 1 and the largest K + 1 are "
                    "always among them); above 64 rows a GPU widens quantized weights first")
@@ -115,7 +117,10 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     args.target = find(args.target, args.target_quant, "target")
     args.draft = find(args.draft, args.draft_quant, "draft")
-    given, args.speculate_k = args.speculate_k or [], args.speculate_k or KS
+    given = args.speculate_k or []
+    args.speculate_k = [k for k in given if not isinstance(k, Auto)] or KS
+    refuse((any(isinstance(k, Auto) for k in given) and not args.prompts, "--speculate_k auto is "
+            "used with --prompts: simulated acceptance says nothing of it"))
     most = max(args.speculate_k)
     for flag in ("speculate_k", "rows", "prompt_tokens"):
         least = min(getattr(args, flag) or [1])
@@ -207,8 +212,7 @@ def main(argv=None):
     needs = {flag: (config, dtype, n == 1)
              for (flag, (_, dtype)), config, n in zip(sources.items(), configs, shared)}
     if headed:  # each of its engines has caches of its own
-        own = eagle_memory(args.eagle, configs[0], args.dtype, args.draft_dtype, capacity,
-                           args.device)
+        own = eagle_memory(args.eagle, configs[0], args.draft_dtype, capacity, args.device)
         engines = len(args.rules) * sum(len(args.ks[name]) for name in headed)
         needs["EAGLE head"] = own._replace(cache=engines * own.cache)
     check_memory(needs, capacity, max(*args.rows, args.drafted + 1), args.device,
@@ -223,7 +227,6 @@ def main(argv=None):
     all_reduce.choose(args.drafted + 1, configs[0].dim, args.dtype, args.device)
     target, draft = (build(source, args.device, dtype, n)
                      for (source, dtype), n in zip(sources.values(), shared))
-    target.taps = eagle.taps if eagle else ()
     make = lambda name: make_drafter(name, target, draft, eagle, args.tree)
     weight = torch.randn(1, target.config.dim) / math.sqrt(target.config.dim)
     dummy = JudgeHead(weight, torch.zeros(1), 0.5, "")  # it costs what any judge costs

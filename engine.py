@@ -90,9 +90,7 @@ def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
 
 
 def play_round(e: "Engine", span: int, k: int) -> int:
-    """One round on the device, from e.outcome to e.outcome; attention looks at `span` positions.
-    Returns its K, of which the drafter may have stopped short.
-    """
+    """One round, from e.outcome to e.outcome, over `span` positions; the K drafted, k at most."""
     s, state = e.settings, e.state
 
     # 1. draft: K tokens, and the logits they come from where acceptance compares them
@@ -299,6 +297,8 @@ class Engine:
         token, _ = self.next_token(self.target, hidden, self.settings, self.noise(1))
         self.tokens.append(int(self.agree(token)))
         self.set_state(room - 2)
+        if self.chooser:
+            self.chooser.begin(self)
         return self.tokens[-1]
 
     def set_state(self, room: int):

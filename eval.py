@@ -35,6 +35,7 @@ from checkpoint import fingerprint
 from common import (
     FLAG,
     TEXT,
+    Kind,
     Parser,
     UserError,
     check_apart,
@@ -59,6 +60,7 @@ from drafters.choice import (
     most_drafted,
     resolve_drafters,
 )
+from drafters.length import Auto, automatic, draft_length
 from engine import Engine, Result, generate
 from evaluation import report
 from evaluation.replay import read_texts, replay
@@ -90,11 +92,12 @@ QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
 # ---------------------------------------------------------------- settings and saved answers
 
+AUTO = Kind("auto", lambda v: v == "auto")
 ANSWER = needed(dict(rule=TEXT, id=TEXT, domain=TEXT, right=FLAG, how=TEXT, text=TEXT,
                      tokens=list_of(whole(0), "ids"), seconds=number(0), rounds=whole(0),
                      accepted=whole(0)))
 SETTINGS = needed(dict(task=TEXT, data=TEXT, target=TEXT, target_name=TEXT, device=TEXT, dtype=TEXT,
-                       speculate_k=whole(1), chat=FLAG, compile=FLAG, processes=whole(1),
+                       speculate_k=whole(1) | AUTO, chat=FLAG, compile=FLAG, processes=whole(1),
                        rules=list_of(TEXT, "texts"))) | dict(
     draft=TEXT, draft_name=TEXT, judge=TEXT, ranks=whole(1), eagle=TEXT, eagle_name=TEXT, tree=TEXT)
 
@@ -104,7 +107,8 @@ def settings_of(args) -> dict:
     return {
         "task": args.task, "data": file_hash(args.data), "target": fingerprint(args.target),
         "draft": args.draft and fingerprint(args.draft),
-        "judge": args.judge and file_hash(args.judge), "speculate_k": args.speculate_k or CHAIN,
+        "judge": args.judge and file_hash(args.judge),
+        "speculate_k": "auto" if auto(args) else args.speculate_k or CHAIN,
         "chat": args.chat, "compile": args.compile, "processes": args.processes,
         "ranks": job.world() if job.world() > 1 else None,  # None: as before there were ranks
         "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(),
@@ -131,6 +135,10 @@ def k_of(args, drafter: str) -> int:
 
 def given_k(args) -> list[int]:
     return [args.speculate_k] if args.speculate_k else []
+
+
+def auto(args) -> bool:
+    return isinstance(args.speculate_k, Auto)
 
 
 def saved_answers(log: AnswerLog) -> dict:
@@ -191,8 +199,9 @@ class Session:
         (rule, drafter), (target, draft, head, _, eagle) = row_parts(row), self.models
         if drafter is None:
             return Engine({"target": target, "draft": draft}[rule])
-        return Engine(target, make_drafter(drafter, target, draft, eagle, args.tree), head,
-                      *parse_rule(rule), k_of(args, drafter))
+        k = k_of(args, drafter)
+        drafter, chooser = automatic(make_drafter(drafter, target, draft, eagle, args.tree), k)
+        return Engine(target, drafter, head, *parse_rule(rule), k, chooser=chooser)
 
     def generate(self, row: str, index: int) -> Result:
         prompt = self.prompts[index]
@@ -404,8 +413,8 @@ def parse_args(argv=None):
                    f"{','.join(PLAIN)},{DEFAULT}, without draft where there is no --draft, and "
                    f"{' and '.join(judged)} with --judge)")
     p.add_argument("--limit", type=int, help="problems (demo: of each domain); default all")
-    p.add_argument("--speculate_k", type=int, help=f"drafted tokens per round (default {CHAIN}; a "
-                   "tree brings its own)")
+    p.add_argument("--speculate_k", type=draft_length, help=f"drafted tokens per round (default "
+                   f"{CHAIN}; a tree brings its own), or auto: as many as pay, measured")
     p.add_argument("--out", type=Path, help="directory of the answers and results")
     p.add_argument("--allow_code_execution", action="store_true",
                    help="humaneval: run what the models write")
@@ -458,6 +467,8 @@ def check_args(args):
          "--judge needs --draft: the judge says which drafted tokens to accept"),
         (args.replay and (args.drafters or args.eagle or args.tree), "--replay takes its texts for "
          "the drafts; leave out --drafters, --eagle and --tree"),
+        (args.replay and auto(args), "--speculate_k auto chooses how much is drafted, and --replay "
+         "drafts nothing; give a number"),
         (args.speculate_k is not None and args.speculate_k < 1,
          f"--speculate_k is {args.speculate_k}; it must be at least 1"),
         (args.out and args.out.exists() and not args.out.is_dir(),

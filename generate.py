@@ -28,6 +28,7 @@ from drafters.choice import (
     most_drafted,
     parse_tree,
 )
+from drafters.length import automatic, draft_length
 from engine import Engine, Result, generate
 from judge import RULES
 from linear import product_path
@@ -219,8 +220,8 @@ def parse_args(argv=None):
     p.add_argument("--accept", metavar="RULE[:PARAMETER]", help=f"acceptance rule: {rule_help()} "
                    "(default: judge with --judge, else standard)")
     p.add_argument("--threshold", type=float, help="the rule's parameter, given apart")
-    p.add_argument("--speculate_k", type=int,
-                   help=f"drafted tokens per round (default {CHAIN}; a tree brings its own)")
+    p.add_argument("--speculate_k", type=draft_length, help=f"drafted tokens per round (default "
+                   f"{CHAIN}; a tree brings its own), or auto: as many as pay, measured")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     p.add_argument("--top_k", type=int, help="sample among the top K tokens only")
@@ -305,8 +306,9 @@ def main():
             len(tokenizer.prompt(args.prompt, args.chat)) if args.prompt else 0),
         caches=1.5 if args.interactive else 1, eagle=of_kind("eagle", "eagle-tree"))
     drafter = make_drafter(args.drafter, target, draft, eagle, args.tree) if args.draft else None
+    drafter, chooser = automatic(drafter, args.speculate_k)
     engine = Engine(target, drafter, head, args.accept, args.parameter, args.speculate_k,
-                    args.temperature, args.top_k, args.top_p, args.seed)
+                    args.temperature, args.top_k, args.top_p, args.seed, chooser)
     if args.compile:
         graphs.compile_engine(engine)
     for line in slower_paths(engine, args.compile) if engine.device.type == "cuda" else ():

@@ -151,13 +151,11 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
         models["draft"] = draft_config, draft_dtype, whole
     positions = length(tokenizer) if rows else reserved(length(tokenizer), context, speculate_k)
     if eagle:
-        models["EAGLE head"] = eagle_memory(eagle, config, dtype, draft_dtype, positions, device)
+        models["EAGLE head"] = eagle_memory(eagle, config, draft_dtype, positions, device)
     check_memory(models, positions, rows or speculate_k + 1, device, caches)
     all_reduce.choose(speculate_k + 1, config.dim, dtype, device)
     eagle_head = load_eagle(eagle, target, device, draft_dtype) if eagle else None
     model = load_model(target, config, device, dtype)
-    if eagle:
-        model.taps = eagle_head.taps
     draft_model = load_model(draft, draft_config, device, draft_dtype, whole) if draft else None
     return Loaded(model, draft_model, head, tokenizer, eagle_head)
 
@@ -209,15 +207,15 @@ def eagle_hash(directory) -> str:
     return "".join(map(file_hash, (*weights, Path(directory, "config.json"))))
 
 
-def eagle_memory(directory, target: ModelConfig, dtype: torch.dtype, own_dtype: torch.dtype,
-                 positions: int, device: str) -> Memory:
-    """What an EAGLE head of own_dtype needs: as its cache count its layer's and, of the target in
-    dtype, the states at all positions with their tokens. A pass needs less than the target's.
+def eagle_memory(directory, target: ModelConfig, dtype: torch.dtype, positions: int,
+                 device: str) -> Memory:
+    """What an EAGLE head needs: as its cache count its layer's and, at all positions, the target's
+    state as it reads it and the token. A pass needs less than the target's.
     """
     head, _ = open_head(directory, target)
-    cache = head.to(own_dtype).new_cache(positions + GROWING)
-    states = positions * (target.dim * (1 + len(head.taps)) * dtype.itemsize + 8)
-    return Memory(weight_bytes(directory, target, own_dtype, device),
+    cache = head.to(dtype).new_cache(positions + GROWING)
+    states = positions * (target.dim * dtype.itemsize + 8)
+    return Memory(weight_bytes(directory, target, dtype, device),
                   tp.size(*cache.kv, cache.rope) + states, 0)
 
 

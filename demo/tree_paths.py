@@ -27,7 +27,7 @@ class CountedTree(Tree):
         above, depth, kept = self.upto[1:, 1:], self.depth[1:], path[1:int(n) + 1] - 1
         lengths = lambda ok: (ok | ~above).all(-1) * (depth <= room) * depth
         standard = int(lengths(passed).max())
-        self.counts += Counter({
+        self.counts.update({
             "rounds": 1,
             "tokens accepted": int(n),
             "tokens that the standard test alone accepts": standard,
@@ -52,7 +52,7 @@ def main():
     p.add_argument("--tree", type=int, default=26, help="tokens of the dynamic tree")
     p.add_argument("--speculate_k", type=int, default=8, help="its height")
     args = p.parse_args()
-    target, _, judge, tokenizer = load_pair()
+    target, _, judge, tokenizer, _ = load_pair()
     drafter = CountingDrafter(load_eagle(HOME / "eagle", HOME / "target"), target, args.tree)
     engine = Engine(target, drafter, judge, "judge", speculate_k=args.speculate_k)
     for problem in read_problems(args.limit):

@@ -81,6 +81,7 @@ def levels(tree: tuple[int, ...] | int, k: int) -> list[tuple[int, int]]:
     """Of each level of a tree of height k: how many nodes have children in it, and how many each.
     """
     if isinstance(tree, int):
+        # N tokens have N levels at most.
         return [(1, EXPAND), *[(EXPAND, EXPAND)] * (min(k, tree) - 1)]
     return [(math.prod(tree[:i]), n) for i, n in enumerate(tree)]
 
@@ -139,7 +140,7 @@ class EagleDrafter(Drafter):
 
     def __init__(self, head: EagleHead, target: Transformer, tree=None):
         self.head, self.target, self.tree, self.certain = head, target, tree, tree is not None
-        self.cache, self.hidden, self.tokens, self.rows = None, None, None, 0
+        self.cache, self.hidden, self.rows = None, None, 0  # rows: of the read after a round
         self.chain, self.grow, self.read_round = chain_steps, grow, read_pairs
         target.taps = head.taps or target.taps
 
@@ -156,27 +157,24 @@ class EagleDrafter(Drafter):
         return nodes if static else min(self.tree, nodes)
 
     def new_cache(self, length):
-        w, old = self.head.block.ffn_norm.weight, (self.hidden, self.tokens)
+        w, old = self.head.block.ffn_norm.weight, self.hidden
         growing = 0 if self.tree is None else sum(n for n, _ in levels(self.tree, HEIGHT)[1:])
         self.cache = self.head.new_cache(length + growing, grown_from=self.cache)
         self.hidden = w.new_zeros(length, self.head.config.dim)  # as the head reads them
-        self.tokens = torch.zeros(length, dtype=torch.long, device=w.device)
-        for new, before in zip((self.hidden, self.tokens), old):
-            if before is not None:
-                new[:len(before)] = before
+        if old is not None:
+            self.hidden[:len(old)] = old
 
     def read(self, tokens, pos, hidden, span):
-        self.tokens.index_copy_(0, pos, tokens)
         self.hidden.index_copy_(0, pos, self.head.fuse(hidden))
-        # The first token has no state before it: in its place the next one's pair is made twice.
-        pos = pos.clamp(min=1)
+        # The text's first token has no state before it: in its place the next one is read twice.
+        slots = (pos - 1).clamp(min=0)
+        tokens = tokens.index_select(0, (slots + 1 - pos[0]).clamp(max=len(pos) - 1))
         call = self.read_round if len(pos) == self.rows else read_pairs  # prompts: not compiled
-        call(self.head, self.cache.first(span), self.target, self.tokens.index_select(0, pos),
-             self.hidden.index_select(0, pos - 1), pos - 1)
+        call(self.head, self.cache.first(span), self.target, tokens,
+             self.hidden.index_select(0, slots), slots)
 
     def propose(self, state, k, span, s, noise):
         last = state.length - 1
-        self.tokens.index_copy_(0, last, state.last[1:])
         pair = state.last[1:], self.hidden.index_select(0, last - 1), last - 1
         if self.tree is None:
             self.rows = k + 1

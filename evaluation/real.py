@@ -6,6 +6,8 @@ from statistics import mean, median
 from typing import NamedTuple
 
 import graphs
+from drafters.length import automatic
+from drafters.llama import LlamaDrafter
 from engine import Engine, generate
 from evaluation.report import row_name
 from evaluation.timing import compiled, engine_on, start_together, sync
@@ -57,9 +59,10 @@ def measure_real(args, target: Transformer, draft: Transformer, head: JudgeHead 
     included. args.ks: {drafter: its K's}. make(drafter): one that is no Llama.
     """
     engines = {"target": engine_on(caches, target)}
-    engines |= {f"{row_name(rule, name)} K={k}": engine_on(
-        caches, target, draft if name == "llama" else make(name), head, *parse_rule(rule), k=k)
-        for name, ks in args.ks.items() for k in ks for rule in args.rules}
+    for name, k, rule in ((n, k, r) for n, ks in args.ks.items() for k in ks for r in args.rules):
+        drafter, chooser = automatic(LlamaDrafter(draft) if name == "llama" else make(name), k)
+        engines[f"{row_name(rule, name)} K={k}"] = engine_on(
+            caches, target, drafter, head, *parse_rule(rule), k=k, chooser=chooser)
     for name, e in engines.items() if args.compile else ():
         graphs.warm_up(compiled(args, e, name), min(map(len, prompts)),
                        max(map(len, prompts)) + args.max_new_tokens)

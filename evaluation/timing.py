@@ -59,18 +59,18 @@ def bandwidth(device, repeats: int) -> float:
 # ---------------------------------------------------------------- engines
 
 def engine_on(caches: dict, target, draft=None, head=None, accept="standard", parameter=None,
-              k=0) -> Engine:
+              k=0, chooser=None) -> Engine:
     """An engine on caches that others use too: each overwrites them, so none relies on them.
 
-    draft: a Llama, or a drafter, which gets caches of its own.
+    draft: a Llama, or a drafter, which gets caches of its own where it is none.
     """
-    llama = isinstance(draft, Transformer)
-    e = Engine(target, LlamaDrafter(draft) if llama else draft, head, accept, parameter, k)
+    drafter = LlamaDrafter(draft) if isinstance(draft, Transformer) else draft
+    e = Engine(target, drafter, head, accept, parameter, k, chooser=chooser)
     e.cache, e.capacity = caches[target], len(caches[target].rope)
-    if llama:
-        e.drafter.cache = caches[draft]
-    elif draft:
-        draft.new_cache(e.capacity)
+    if isinstance(drafter, LlamaDrafter):
+        drafter.cache = caches[drafter.model]
+    elif drafter:
+        drafter.new_cache(e.capacity)
     return e
 
 

@@ -97,7 +97,7 @@ def flags_of(home, *args):
 
 # ---------------------------------------------------------------- generate.py
 
-BASE = ["--target", "{}/target", "--prompt", "Mira has 3", "--max_new_tokens", "40",
+BASE = ["--target", "{}/target", "--prompt", "Mira has 3", "--max_new_tokens", "24",
         "--ignore_eos", *CPU]
 
 
@@ -122,7 +122,7 @@ def test_every_drafter_gives_the_targets_text(home, tmp_path, monkeypatch, name)
     assert make(*draft)["tokens"] == make(*draft)["tokens"] != r["tokens"][:9]
 
 
-@pytest.mark.parametrize("tree", [[], ["--tree", "3,2"], ["--tree", "26"]], ids=" ".join)
+@pytest.mark.parametrize("tree", [[], ["--tree", "26"]], ids=" ".join)
 def test_an_eagle_3_head_reads_three_layers(home, tmp_path, monkeypatch, tree):
     make = lambda *more: written(monkeypatch, home / "deep", tmp_path, *more)
     assert make("--draft", "{}/eagle", *tree)["tokens"] == make()["tokens"]
@@ -193,10 +193,12 @@ def test_what_does_not_fit_is_one_line_before_a_models_weights_are_read(
 # ---------------------------------------------------------------- trees
 
 def test_the_size_of_a_tree_is_what_is_drafted():
+    nothing = SimpleNamespace(taps=())
+    size = lambda shape: EagleDrafter(nothing, nothing, shape.tree).size(shape.height)
     for text, height in (("1", 1), ("7", 7), ("10", 8), ("512", 8), ("4,2,1", 3), ("3,1,1,2", 4)):
         shape = C.parse_tree(text)
         assert shape.height == height and C.parse_tree(str(shape)) == shape
-        assert EagleDrafter(None, None, shape.tree).size(height) == shape.tokens
+        assert size(shape) == shape.tokens
     assert C.parse_tree("4,2,1").tokens == 4 + 8 + 8 and str(C.parse_tree("26")) == "26:8"
     fitting = {}
     for tokens in (1, 5, 10, 11, 60, 110, 111, 400):
@@ -205,7 +207,7 @@ def test_the_size_of_a_tree_is_what_is_drafted():
                 shape = C.parse_tree(f"{tokens}:{k}")
             except UserError:
                 continue
-            assert EagleDrafter(None, None, tokens).size(k) == tokens == shape.tokens
+            assert size(shape) == tokens == shape.tokens
             fitting.setdefault(tokens, []).append(k)
     assert {n: (ks[0], ks[-1]) for n, ks in fitting.items()} == {
         1: (1, 1), 5: (1, 5), 10: (1, 10), 11: (2, 11), 60: (2, 32), 110: (2, 32), 111: (3, 32),
@@ -420,8 +422,7 @@ def test_what_a_head_holds_is_what_was_computed(home, at, dtype, own):
     at = Path(*filled(home, [at]))
     head = load.load_eagle(at / "eagle", at / "target", dtype=own)
     target = checkpoint.load(at / "target", dtype=dtype)
-    target.taps = head.taps
-    m = load.eagle_memory(at / "eagle", target.config, dtype, own, 1024, "cpu")
+    m = load.eagle_memory(at / "eagle", target.config, own, 1024, "cpu")
     assert m.weights == bytes_held(head)
     for tree in (None, (4, 2, 1), (1,) * 512, 26, 512):
         drafter = EagleDrafter(head, target, tree)

@@ -68,8 +68,8 @@ def alone(prompt, n):
 
 # ---------------------------------------------------------------- the target's text
 
-@pytest.mark.parametrize("version", [1, 3])
-@pytest.mark.parametrize("case", TREES)
+@pytest.mark.parametrize("case, version", [*((case, 1) for case in TREES), ("chain", 3),
+                                           ("4,2,1", 3), ("dynamic 12", 3)])
 def test_the_text_is_the_targets(case, version):
     """From prompts of one token to the context's end, across spans and into a cache that grew."""
     e, accepted = engine(case, version), set()
@@ -125,12 +125,15 @@ def test_heads_of_both_kinds_draft_for_one_target_in_turn():
 @pytest.mark.parametrize("case, accept", [("chain", "judge"), ("chain", "standard"),
                                           ("4,2,1", "topk"), ("dynamic 12", "judge")])
 def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version, monkeypatch):
-    """The target's, and the drafter's keys and values, states and tokens, after every round."""
-    monkeypatch.setattr("engine.PREFILL_CHUNK", 5)  # the prompt comes in two parts
+    """The target's, and the drafter's keys and values and states, after every round."""
+    monkeypatch.setattr("engine.PREFILL_CHUNK", 3)  # the prompt comes in parts
     some = head(weight=0.05) if accept == "judge" else None
     e, kept = engine(case, version, some, accept, 4 if accept == "topk" else None), set()
     with torch.inference_mode():
-        e.prefill(tokens(9), 100)
+        e.prefill(tokens(9)[:4], 3)
+        short = e.capacity
+        e.prefill(tokens(9), 100)  # what was read is kept, in longer caches
+        assert e.capacity > short
         for _ in range(9):
             a, _, _ = e.round()
             kept.add(a)
@@ -143,7 +146,6 @@ def test_caches_hold_what_a_fresh_read_of_the_text_gives(case, accept, version, 
             for kv, want in zip(e.cache.kv, cache.kv):
                 close(kv[:n], want)
             d = e.drafter
-            assert torch.equal(d.tokens[:n], ids)
             close(d.hidden[:n], fresh.hidden)
             close(d.cache.kv[0][:n - 1], fresh.cache.kv[0][:n - 1])
     assert len(kept) > 1 or (version, accept) == (3, "standard")
@@ -220,9 +222,9 @@ def reference_tree(reference, tree, k):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("version", [1, 3])
-@pytest.mark.parametrize("case, k", [("4,2,1", 3), ("2,2,2,1", 4), ("7", 1), ("dynamic 12", 3),
-                                     ("dynamic 26", 4), ("dynamic 5", 8)])
+@pytest.mark.parametrize("case, k, version", [
+    ("4,2,1", 3, 1), ("2,2,2,1", 4, 3), ("7", 1, 1), ("dynamic 12", 3, 1), ("dynamic 26", 4, 3),
+    ("dynamic 5", 8, 1)])
 def test_a_tree_of_drafts(case, k, version):
     """Its nodes are the best that plain loops find, with their parents and the logits before."""
     for n in (2, 30):
@@ -264,7 +266,7 @@ def test_sampled_rounds_have_the_targets_distribution(tree, settings, monkeypatc
     h, target = eagle(1, 7)
     e = Engine(target, EagleDrafter(h, target, tree), speculate_k=2, seed=1,
                **dict(temperature=1.0) | settings)
-    outcomes = check_distribution(e, 900)
+    outcomes = check_distribution(e, 600)
     assert min(outcomes) > 10
 
 

@@ -115,10 +115,10 @@ def engine(target=None, *args, k=5, **settings):
 
 
 def test_the_text_is_the_targets():
-    for k in (1, 5, 20):
+    for k in (1, 7):
         e = engine(k=k)
-        for prompt, new in ((tokens(1), 30), (tokens(9) * 3, 30), ([5] * 40, 50),
-                            (tokens(40) * 3, 60), ((tokens(40) * 4)[:127], 9)):
+        for prompt, new in ((tokens(1), 30), (tokens(9) * 3, 20), ([5] * 40, 30),
+                            (tokens(40) * 3, 8), ((tokens(40) * 4)[:127], 9)):
             r = generate(e, prompt, new)
             assert r.tokens == alone(prompt, new)
             follow = prompt + r.tokens + tokens(2)
@@ -147,10 +147,10 @@ def test_with_nothing_found_the_round_is_a_plain_decode_step(monkeypatch):
 def test_on_the_demo_pair():
     target, _, judge_head, tokenizer = load_pair()
     prompt = tokenizer.encode(read_problems(1)[0]["prompt"])
-    want = generate(Engine(target), prompt, 50)
-    got = generate(engine(target, k=4), prompt, 50)
+    want = generate(Engine(target), prompt, 35)
+    got = generate(engine(target, k=4), prompt, 35)
     assert got.tokens == want.tokens and got.rounds < want.rounds
-    judged = generate(engine(target, judge_head, "judge", k=4), prompt, 50)
+    judged = generate(engine(target, judge_head, "judge", k=4), prompt, 35)
     assert judged.rounds < got.rounds and "judge" in judged.sources
 
 
