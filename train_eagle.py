@@ -300,9 +300,9 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=0.0,
                    help="of the answers (default 0: greedy)")
     p.add_argument("--ffn_dim", type=int, help="of the head's layer; default the target's")
-    p.add_argument("--unroll", type=int, default=5,
+    p.add_argument("--unroll", type=int, default=4,
                    help="drafts in a row that are trained, each on the head's prediction before it "
-                   "(default 5; 1: EAGLE-1)")
+                   "(default 4; 1: EAGLE-1)")
     p.add_argument("--epochs", type=int, default=2)
     p.add_argument("--batch", type=int, default=2048,
                    help="tokens of a step, padding included (default 2048)")
