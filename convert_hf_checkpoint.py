@@ -9,6 +9,7 @@ Weights stream from file to file some rows at a time, so memory does not grow wi
 directory is written under a temporary name and renamed when it is whole. The tokenizer's files are
 kept as they are. RoPE keeps Hugging Face's layout.
 """
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,10 +145,10 @@ def pickled_tensors(path: Path) -> dict[str, Pickled]:
     not loaded, and nothing of it runs.
     """
     check_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # of many kinds: what the file holds decides
-        state = None
+    state = None
+    for mmap in True, False:  # files of before PyTorch 1.6 cannot be mapped
+        with contextlib.suppress(Exception):  # of many kinds: what the file holds decides
+            state = state or torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     refuse((not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(t, Tensor) and t.layout == torch.strided
         and t.device.type == "cpu" for name, t in state.items()),

@@ -121,7 +121,7 @@ def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache,
     hidden = target.features(tokens[None], pos, cache, *(tree.where(pos, cache) if tree else ()))[0]
     outcome, path = (decided or decide)(target, head, s, state, hidden, drafted, *more, tree)
     read = tokens, pos, hidden
-    return outcome, *(tree.keep(cache, path, *read) if tree else read)
+    return outcome, *(tree.keep(cache, target.agree(path), *read) if tree else read)
 
 
 def decide(target: Transformer, head: JudgeHead | None, s: Settings, state: State, hidden: Tensor,
@@ -208,9 +208,9 @@ class Drafter:
     def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
         """Tokens [k] to follow the text, and the logits [k, V or fewer] they were chosen from.
 
-        state.last is the text's end. Without s.needs_draft_logits the logits may be None; for a
-        certain token they are 0 there and -inf elsewhere. noise [k, V] when sampling, unless
-        `certain`. Where they do not follow one another a third value, drafters.tree.Tree, says how.
+        state.last is the text's end. Without s.needs_draft_logits the logits may be None; those of
+        a token chosen without chance are 0 there and -inf elsewhere. noise [k, V] when sampling,
+        unless `certain`. A third value, a drafters.tree.Tree, says how the tokens follow others.
         """
         raise NotImplementedError  # every drafter has its own
 
@@ -296,7 +296,7 @@ class Engine:
         self.read_len = len(prompt)
         token, _ = self.next_token(self.target, hidden, self.settings, self.noise(1))
         self.tokens.append(int(self.agree(token)))
-        self.set_state(room - 2)
+        self.set_state(max(room - 2, 0))
         if self.chooser:
             self.chooser.begin(self)
         return self.tokens[-1]

@@ -195,8 +195,9 @@ def warm_up(e: Engine, shortest: int, longest: int):
         e.next_token(e.target, e.read(0), e.settings, e.noise(1))
     e.tokens = [0, 0]
     for k in e.ks:
-        drafted = k and e.drafter.size(k)
-        for span in sorted({e.span(n + drafted)
+        # A chooser times every K at the span of the largest.
+        drafted = {k and e.drafter.size(k), *([e.drafted] if e.chooser else [])}
+        for span in sorted({e.span(n + more) for more in drafted
                             for n in range(shortest, min(longest, e.context) + 1)}):
             for _ in range(2):
                 e.set_state(k)

@@ -52,7 +52,7 @@ def typical(v: Verified, epsilon: float) -> Tensor:
 
 def kl(v: Verified, divergence: float) -> Tensor:
     """Accept where KL(target || draft) < divergence and the target is not SURE (arXiv 2601.04766).
-    At temperature 1; 0: standard. The target's mass on what cannot be drafted is added, as it is.
+    At temperature 1. The target's mass on tokens that the draft cannot draft is added.
     """
     logp, logq = v.logits.float().log_softmax(-1), v.draft_logits.float().log_softmax(-1)
     p, n = logp.exp(), logq.shape[-1]
@@ -147,7 +147,7 @@ def probabilities(logits: Tensor, temperature: float, top_k=None, top_p=None) ->
 
 def sample(p: Tensor, noise: Tensor) -> Tensor:
     """One index per row: p [..., V], noise [..., V or more], exponential, -> int64 [...]. Such a
-    race never synchronises, as multinomial does, and the same noise gives the same token.
+    race never synchronises, unlike multinomial, and the same noise gives the same token.
     """
     return (p / noise[..., :p.shape[-1]]).argmax(-1)
 

@@ -12,7 +12,7 @@ import torch
 import checkpoint
 import tp
 from common import UserError, file_hash, refuse, tell
-from drafters.eagle_head import EagleHead, open_head, weight_bytes
+from drafters.eagle_head import EagleHead, is_eagle, open_head, weight_bytes
 from engine import SPAN
 from judge import RULES, JudgeHead, Rule
 from model import DTYPES, ModelConfig, Transformer
@@ -162,6 +162,11 @@ def load_models(target, draft=None, judge=None, device="cpu", dtype=torch.float3
 
 def read_vocabulary(directory) -> tuple[ModelConfig, Tokenizer]:
     """A checkpoint's config and tokenizer; raises UserError for a token without embedding."""
+    path = Path(directory)
+    no_tokenizer = not any((path / name).exists() for name in TOKENIZER_FILES[1:])
+    refuse((no_tokenizer and (path / "model.safetensors").exists() and is_eagle(path),
+            f"{path} holds an EAGLE head, not a model; give it to generate.py as --draft, to "
+            "eval.py and benchmark.py as --eagle"))
     config, tokenizer = checkpoint.read_config(directory), Tokenizer.from_dir(directory)
     refuse((tokenizer.vocab_size > config.vocab_size, f"{tokenizer.path} has "
             f"{tokenizer.vocab_size} tokens, {directory}/config.json says vocab_size "
@@ -210,11 +215,11 @@ def eagle_hash(directory) -> str:
 def eagle_memory(directory, target: ModelConfig, dtype: torch.dtype, positions: int,
                  device: str) -> Memory:
     """What an EAGLE head needs: as its cache count its layer's and, at all positions, the target's
-    state as it reads it and the token. A pass needs less than the target's.
+    state as it reads it. A pass needs less than the target's.
     """
     head, _ = open_head(directory, target)
     cache = head.to(dtype).new_cache(positions + GROWING)
-    states = positions * (target.dim * dtype.itemsize + 8)
+    states = positions * target.dim * dtype.itemsize
     return Memory(weight_bytes(directory, target, dtype, device),
                   tp.size(*cache.kv, cache.rope) + states, 0)
 

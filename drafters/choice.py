@@ -126,16 +126,16 @@ def resolve_drafters(args: argparse.Namespace, rules: list[str], ks: list[int]):
 
     rules: those that need a drafter; without any, nothing drafts. ks: what --speculate_k gives.
     """
-    if not rules:
-        args.drafters = []
-        return
     given = {"llama": args.draft, "eagle": args.eagle, "eagle-tree": args.tree}
     named = args.drafters.split(",") if args.drafters else [n for n in NAMES if given.get(n)]
     args.drafters = list(dict.fromkeys(name.strip() for name in named))
-    strange = next((name for name in args.drafters if name not in NAMES), None)
+    unknown = next((name for name in args.drafters if name not in NAMES), None)
+    refuse((unknown is not None, f"{unknown!r} is not a drafter; use {', '.join(NAMES)}"))
+    if not rules:
+        args.drafters = []
+        return
     eagle = next((name for name in args.drafters if name.startswith("eagle")), None)
-    refuse((strange is not None, f"{strange!r} is not a drafter; use {', '.join(NAMES)}"),
-           (not named, f"rule {rules[0]} needs --draft DIR, or another drafter: --eagle DIR, or "
+    refuse((not named, f"rule {rules[0]} needs --draft DIR, or another drafter: --eagle DIR, or "
             "--drafters ngram"),
            ("llama" in args.drafters and not args.draft, "drafter llama needs --draft DIR"),
            (eagle and not args.eagle, f"drafter {eagle} needs --eagle DIR"),

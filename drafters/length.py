@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import refuse
+from common import UserError, refuse
 from drafters.llama import LlamaDrafter
 from engine import Drafter, Engine, Settings, choose
 from model import Cache, Transformer
@@ -49,11 +49,14 @@ class Auto(int):
 
 
 def draft_length(text: str) -> int:
-    """What --speculate_k spells: a number, or auto. Raises ValueError."""
-    return Auto() if text == "auto" else int(text)
+    """What --speculate_k spells: a number, or auto. Raises UserError."""
+    try:
+        return Auto() if text == "auto" else int(text)
+    except ValueError:
+        raise UserError(f"--speculate_k {text}: give a whole number from 1, or auto") from None
 
 
-def expected(rate: float, k: int) -> float:
+def mean_run(rate: float, k: int) -> float:
     """Drafted tokens accepted of k, each with probability `rate` up to the first refusal; with the
     target's own it is one more, (1 - rate^(k + 1)) / (1 - rate): arXiv 2211.17192, eq. 1.
     """
@@ -71,7 +74,7 @@ def seconds_of_rounds(e: Engine, ks: list[int], span: int) -> list[float]:
             e.outcome.tolist()  # waits for the device
             least[k] = min(least[k], time.perf_counter() - began)
             e.outcome.copy_(outcome)
-        if time.perf_counter() - start > ENOUGH:
+        if job.broadcast(time.perf_counter() - start > ENOUGH):  # ranks play the same rounds
             break
     e.rng.set_state(random)
     return [min(least[j] for j in ks[i:]) for i in range(len(ks))]
@@ -102,7 +105,7 @@ class BestK:
 
     def choose(self, e: Engine) -> int:
         """K of the next round."""
-        return max(self.ks, key=lambda k: (1 + expected(self.rate, k)) / self.seconds[k])
+        return max(self.ks, key=lambda k: (1 + mean_run(self.rate, k)) / self.seconds[k])
 
     def saw(self, accepted: int, k: int):
         """Learn of a round that accepted so many of k; all of k is no refusal."""
@@ -142,15 +145,15 @@ class EarlyStop(BestK):
         self.seconds = {k: first + step * k for k in self.ks}
         if not self.spent:
             k = super().choose(e)
-            self.tokens, self.spent = 1 + expected(self.rate, k), self.seconds[k]
+            self.tokens, self.spent = 1 + mean_run(self.rate, k), self.seconds[k]
 
     def choose(self, e: Engine) -> int:
-        """The longest of ks, and to the drafter where it may end before."""
+        """The longest of ks; the drafter is told the bounds at which it stops earlier."""
         worth = self.tokens / self.spent
         self.drafter.chances = [r / n for r, n in zip(self.right, self.tested)]
         for k, longer in pairwise(self.ks):
             more = self.seconds[longer] - self.seconds[k]
-            self.drafter.bounds[k - 1] = worth * more / expected(self.rate, longer - k)
+            self.drafter.bounds[k - 1] = worth * more / mean_run(self.rate, longer - k)
         return self.ks[-1]
 
     def saw(self, accepted: int, k: int):
@@ -251,7 +254,7 @@ class StoppingLlama(LlamaDrafter):
 
 def automatic(drafter: Drafter | None, k: int) -> tuple[Drafter | None, BestK | None]:
     """The drafter and the chooser of an engine with speculate_k = k, a number or Auto."""
-    if not isinstance(k, Auto):
+    if not drafter or not isinstance(k, Auto):
         return drafter, None
     if type(drafter) is LlamaDrafter and job.world() == 1 and (
             drafter.model.norm.weight.device.type == "cpu"):

@@ -9,6 +9,7 @@ from statistics import mean, median
 import torch
 
 import graphs
+from drafters.length import mean_run
 from engine import Engine, next_state, pack, unpack
 from evaluation.benchmark_report import SIMULATED
 from evaluation.timing import compiled, engine_on, random_prompt, start_together
@@ -17,12 +18,6 @@ from model import Transformer
 
 PROMPT = 64  # tokens of the random prompt
 MOST_ROUNDS = 24  # of a run: a round costs the same whatever it accepts
-
-
-def mean_run(rate: float, k: int) -> float:
-    """Drafted tokens accepted a round, of k, each with probability `rate` up to the first refusal.
-    """
-    return sum(rate ** i for i in range(1, k + 1))
 
 
 def rate_for(accepted: float, k: int) -> float:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("generate", "train_judge", "make_judge_data", "eval", "benchmark", "annotate",
-            "convert_hf_checkpoint", "quantize")
+            "convert_hf_checkpoint", "quantize", "train_eagle")
 MEMORY = 6 << 30  # bytes of address space that a run may have
 FILE = 300 << 20  # bytes of a file that it may write
 

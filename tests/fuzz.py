@@ -20,10 +20,11 @@ import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from annotate import SKIP, Annotation
 from checkpoint import config_from, fingerprint, source_shapes
+from drafters.eagle_head import EagleHead
 from families import FAMILIES
 from helpers import random_model, save_checkpoint, shard, tiny_config
 from judge import JudgeHead
@@ -87,6 +88,12 @@ def make_inputs(home: Path, run):
     curve = ((0.1, 1.0, 0.0), (0.5, 0.2, 0.1), (0.9, 0.0, 0.8))
     JudgeHead(torch.randn(1, 32), torch.zeros(1), 0.5, fingerprint(home / "target"), curve).save(
         home / "judge.safetensors")
+    eagle = EagleHead.new(config_from(CONFIG), fingerprint(home / "target"), ffn_dim=16)
+    eagle.save(home / "eagle", CONFIG)
+    shutil.copytree(home / "eagle", home / "pickled")
+    torch.save(load_file(home / "pickled" / "model.safetensors"),
+               home / "pickled" / "pytorch_model.bin")
+    (home / "pickled" / "model.safetensors").unlink()
     for name, lines in EXAMPLES.items():
         (home / f"{name}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
     (home / "data.jsonl.gz").write_bytes(packed((home / "data.jsonl").read_bytes()))
@@ -96,6 +103,8 @@ def make_inputs(home: Path, run):
         (home / name).write_text(json.dumps(config))
     for argv in MAKE:
         run(argv.split())
+    for name in ("config.json", "model.safetensors"):  # as a run leaves it that was cut off
+        (home / "answered" / name).unlink()
     lines = [{k: v for k, v in e.items() if k != "error"} for e in EXAMPLES["data"]]
     (home / "mark.jsonl").write_text("".join(json.dumps(e) + "\n" for e in lines))
     marked = Annotation(home / "mark.jsonl", home / "marked_before.jsonl")
@@ -112,6 +121,10 @@ MAKE = (
     "--temperatures 0,0.7 --max_new_tokens 12",
     "eval.py --task gsm8k --data gsm8k.jsonl --target target --draft draft --judge "
     "judge.safetensors --rules target,judge --out results --limit 2",
+    "train_eagle.py --target target --prompts data.jsonl --out trained --val_share 0.3 --epochs 1 "
+    "--max_new_tokens 12 --ffn_dim 16 --temperature 1",
+    "train_eagle.py --target target --prompts data.jsonl --out answered --val_share 0.3 --epochs 1 "
+    "--max_new_tokens 12 --ffn_dim 16 --temperature 1",
 )
 
 
@@ -131,7 +144,8 @@ class Base:
 
 
 NUMBERS = "--speculate_k --max_new_tokens --temperature --top_k --top_p --seed --threshold"
-WORDS = "--device --dtype --draft_dtype --accept"
+WORDS = "--device --dtype --draft_dtype --accept --tree"
+EAGLE = "--limit --max_new_tokens --temperature --ffn_dim --unroll --epochs --batch --lr --seed"
 TRAIN = ("--max_false_accept --threshold --negative_weight --weight_decay --val_share --lr "
          "--epochs --seed")
 BENCH = ("--repeats 1 --rows 2 --speculate_k 2 --max_new_tokens 4 --prompt_tokens 4 --accepted 1 "
@@ -149,6 +163,25 @@ BASES = [
          NUMBERS, WORDS, weight=3),
     Base("generate.py --target target --interactive --chat --max_new_tokens 5 --json out.json",
          "target", "out.json", "", NUMBERS, WORDS, "Hello\nthe cat\n\n12345 a\n", weight=3),
+    Base("generate.py --target target --draft eagle --tree 5:2 --judge judge.safetensors --prompt "
+         "Hello --max_new_tokens 6 --json out.json", "target eagle judge.safetensors", "out.json",
+         "", NUMBERS, WORDS, weight=4),
+    Base("generate.py --target target --draft ngram --interactive --max_new_tokens 6 --speculate_k "
+         "auto --json out.json", "target", "out.json", "", NUMBERS, WORDS, "Hello\nHello\n",
+         weight=2),
+    Base("train_eagle.py --target target --prompts data.jsonl --out new --val_share 0.3 --epochs 1 "
+         "--max_new_tokens 9 --ffn_dim 16", "target data.jsonl", "new", "", EAGLE,
+         "--device --dtype", weight=3),
+    Base("train_eagle.py --target target --prompts data.jsonl --out answered --val_share 0.3 "
+         "--epochs 1 --max_new_tokens 12 --ffn_dim 16 --temperature 1", "target data.jsonl", "",
+         "answered/answers.jsonl answered/answers.settings.json", EAGLE, "--device --dtype",
+         weight=3),
+    Base("convert_hf_checkpoint.py --checkpoint_dir pickled --out new", "pickled", "new", "", "",
+         "--dtype", weight=4),
+    Base("eval.py --task demo --data demo.jsonl --target target --eagle eagle --judge "
+         "judge.safetensors --drafters eagle,eagle-tree,ngram --tree 4,2 --rules standard,judge "
+         "--out new --limit 1", "target eagle judge.safetensors demo.jsonl", "new", "",
+         "--limit --speculate_k", "--task --rules --device --dtype --drafters --tree", weight=3),
     Base("train_judge.py --target target --data data.jsonl --out new.safetensors --epochs 2 "
          "--report report.html", "target data.jsonl", "new.safetensors report.html", "", TRAIN,
          "--device --dtype --exclude_domain", weight=3),

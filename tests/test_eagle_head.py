@@ -587,6 +587,16 @@ def test_no_other_pickle_is_opened(tmp_path, monkeypatch, capsys, name):
     assert "pickled weights, which are never loaded" in capsys.readouterr().err
 
 
+def test_a_pickle_of_before_pytorch_1_6_is_read_too(tmp_path):
+    head = write_head(tmp_path / "head", "EAGLE-1")
+    state = load_file(head / "model.safetensors")
+    (head / "model.safetensors").unlink()
+    torch.save(state, head / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    got = convert_hf_checkpoint.pickled_tensors(head / "pytorch_model.bin")
+    assert {name: t[:].tolist() for name, t in got.items()} == {
+        name: t.tolist() for name, t in state.items()}
+
+
 def test_a_head_is_no_model(tmp_path):
     with pytest.raises(UserError, match="holds a weight fc.weight: it is an EAGLE head"):
         load(write_head(tmp_path / "head", "EAGLE-1"))

@@ -22,7 +22,7 @@ from drafters.length import (
     StoppingLlama,
     automatic,
     draft_length,
-    expected,
+    mean_run,
 )
 from drafters.llama import LlamaDrafter, draft_steps
 from engine import Drafter, Engine, generate
@@ -87,7 +87,7 @@ def test_expected_run_is_that_of_all_outcomes(rate):
             for ok in accepted:
                 p *= rate if ok else 1 - rate
             mean += p * next((i for i, ok in enumerate(accepted) if not ok), k)
-        assert expected(rate, k) == pytest.approx(mean, rel=1e-12, abs=1e-12)
+        assert mean_run(rate, k) == pytest.approx(mean, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("rate, times", [(0.2, CHEAP), (0.6, CHEAP), (0.8, CHEAP), (0.97, CHEAP), (
@@ -417,6 +417,14 @@ def test_generate_with_auto(home, tmp_path, monkeypatch, draft):  # noqa: F811
     auto = written(monkeypatch, home, tmp_path, "--draft", *draft, "--speculate_k", "auto")
     assert auto["tokens"] == written(monkeypatch, home, tmp_path)["tokens"]
     assert len(auto["accept_counts"]) == 33
+    one = written(monkeypatch, home, tmp_path, "--draft", *draft, "--speculate_k", "auto",
+                  "--max_new_tokens", "1")  # no room for a round, which is timed all the same
+    assert one["tokens"] == auto["tokens"][:1] and one["rounds"] == 0
+
+
+def test_auto_without_a_draft_is_the_target_alone(home, tmp_path, monkeypatch):  # noqa: F811
+    alone = written(monkeypatch, home, tmp_path, "--speculate_k", "auto")
+    assert alone["accept"] == "target" and len(alone["tokens"]) == 24
 
 
 def test_eval_with_auto(home, tmp_path, capsys, monkeypatch):  # noqa: F811

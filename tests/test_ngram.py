@@ -105,7 +105,7 @@ def test_a_round_at_32k_tokens_takes_less_than_a_millisecond():
         assert drafter.plan(text, 16) == 16
         drafter.propose(None, 16, 64, None, None)
         times.append(time.perf_counter() - start)
-    assert sorted(times)[100] < 1e-3
+    assert sorted(times)[100] < 1e-4
 
 
 # ---------------------------------------------------------------- rounds
@@ -145,7 +145,7 @@ def test_with_nothing_found_the_round_is_a_plain_decode_step(monkeypatch):
 
 
 def test_on_the_demo_pair():
-    target, _, judge_head, tokenizer = load_pair()
+    target, _, judge_head, tokenizer, _ = load_pair()
     prompt = tokenizer.encode(read_problems(1)[0]["prompt"])
     want = generate(Engine(target), prompt, 35)
     got = generate(engine(target, k=4), prompt, 35)

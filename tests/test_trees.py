@@ -242,7 +242,7 @@ def test_a_next_turn_and_an_edited_one():
 
 
 def test_trees_on_the_demo_pair():
-    target, _, _, tokenizer = load_pair()
+    target, _, _, tokenizer, _ = load_pair()
     prompt = tokenizer.encode(read_problems(1)[1]["prompt"])
     ids = generate(Engine(target), prompt, 40).tokens
     forest = Forest(lambda text: ids[len(text) - len(prompt):], 26)
