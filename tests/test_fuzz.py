@@ -22,7 +22,8 @@ from types import SimpleNamespace
 import pytest
 from safetensors import safe_open
 
-from checkpoint import COPIED
+from checkpoint import COPIED, slices
+from drafters.eagle_head import is_eagle, plain_names, skeleton
 from fork_server import ROOT, Server
 from fuzz import BASES, Run, make_inputs
 from load import read_vocabulary
@@ -67,7 +68,9 @@ def strict(text: str):
 
 def check_file(path: Path):
     """Raise an exception if an output is not whole."""
-    if path.name == "config.json":  # a checkpoint; some of its files are the source's, as they are
+    if path.name == "config.json" and is_eagle(path.parent):
+        skeleton(path.parent, plain_names(path.parent, slices(path.parent)))
+    elif path.name == "config.json":  # a model's; some of its files are the source's, as they are
         read_vocabulary(path.parent)
     elif path.name in COPIED or path.name.startswith("tokenizer"):
         pass
