@@ -24,7 +24,7 @@ from model import Cache, Transformer
 from ranks import job
 
 FEW = 2, 4, 8, 16, 32  # BestK's
-KS = 2, 4, 6, 9, 14, 22, 32  # where a draft may stop; each is a verification to compile
+KS = 2, 4, 6, 9, 14, 22  # where a draft may stop; each is a verification to compile
 MOST = max(*FEW, *KS)
 BINS = 5  # of confidence
 MEMORY = 0.97  # what an outcome counts once there is another
