@@ -73,7 +73,7 @@ def numbers(kind, flag):
     def parse(text):
         try:
             return sorted({kind(x) for x in text.split(",")})
-        except ValueError:
+        except (ValueError, UserError):
             raise UserError(f"--{flag} {text}: give numbers with commas between, like "
                             "4,8,16") from None
     return parse

@@ -44,6 +44,7 @@ def test_reads_each_key_once_and_none_beyond_the_position():
     run_check("loads", interpret=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_rounds_with_the_kernel_give_the_eager_tokens():
     run_check("engine", interpret=True)

@@ -92,6 +92,7 @@ def test_the_collectives_of_a_pass(both):
     assert "; 13 a pass, " in said[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_dummy_weights_on_more_ranks_than_kv_heads(tmp_path):
     """Four ranks on 2 KV heads: two hold each, and both copies count. The draft is shared too."""

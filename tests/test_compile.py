@@ -89,6 +89,7 @@ def test_small_layers_are_left_as_they_are():
     assert layer.packed is None and not layer.weight.is_mkldnn
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("whole", [8, 0])
 def test_compiled_sampling_draws_what_eager_draws(whole, monkeypatch):
@@ -141,6 +142,7 @@ def test_nothing_is_compiled_after_the_warm_up(draft, whole, counter, monkeypatc
     assert counter.frame_count == warm  # eager engines compile nothing
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_many_layers_compile_no_more_than_two(counter, monkeypatch):
     """By blocks; as whole passes they do."""
@@ -212,6 +214,7 @@ def test_a_recording_keeps_the_tensors_that_it_reads(monkeypatch):
     assert alive() is not None
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_longer_text_than_was_warmed_for_still_comes_out_right():
     engine = compiled(models()["target"], models()["good"], speculate_k=3)

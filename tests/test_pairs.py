@@ -192,6 +192,7 @@ def test_kl_over_the_common_columns():
 
 # ---------------------------------------------------------------- compiled, on several processes
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("larger, temperature", [("target", 0.9), ("draft", 0.0)])
 def test_compiled_rounds_give_the_eager_tokens(larger, temperature):
@@ -241,6 +242,7 @@ def demo_tokens(tmp_path_factory):
     return home
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("target, draft", [("padded1", "plain2"), ("plain1", "padded2")])
 def test_two_processes_say_what_one_says(demo_tokens, tmp_path, target, draft):

@@ -423,6 +423,7 @@ def verify(model, head, tokens, pos, cache):
     return logits, head(hidden[0, 1:])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("mode,dtype", [("int8", torch.float32), ("int8", torch.bfloat16),
                                         ("int4", torch.float32), ("int4", torch.bfloat16),
