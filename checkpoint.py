@@ -146,7 +146,8 @@ def no_weights(directory: Path) -> str:
 
 
 NOT_OURS = (  # how a tensor's name can begin or end, and what it shows of a checkpoint
-    (r"^(model\.)?fc\.weight$", "it is an EAGLE head, no model; give it to --draft"),
+    (r"^(model\.)?fc\.weight$", "it is an EAGLE head, not a model; give it "
+     "to generate.py as --draft, to eval.py and benchmark.py as --eagle"),
     (r"language_model\.|^vision_|^visual\.", MULTIMODAL),
     (r"lora_[AB]|^base_model\.model\.", "it is a PEFT adapter or wrapped by one; merge it into its "
      "base model first: merge_and_unload() and save_pretrained() of peft"),

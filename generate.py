@@ -212,8 +212,8 @@ def parse_args(argv=None):
     p.add_argument("--target", type=Path, required=True, help="checkpoint directory")
     p.add_argument("--draft", type=lambda text: text if text == "ngram" else Path(text),
                    help="checkpoint directory of the draft, directory of an EAGLE head, or ngram: "
-                   "what followed when the text last read like this (a directory of that name is "
-                   "./ngram); without it the target runs alone")
+                   "what followed where the text read like this before (a directory of that name "
+                   "is ./ngram); without it the target runs alone")
     p.add_argument("--tree", type=parse_tree, help=TREE_HELP)
     p.add_argument("--judge", type=Path, help="judge file, from train_judge.py")
     p.add_argument("--prompt", help="the text to continue, or with --chat the user's message")

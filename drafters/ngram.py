@@ -1,4 +1,4 @@
-"""Prompt look-up: drafts what followed the last time that the text ended as it does now. No model.
+"""Prompt look-up: drafts what followed where the text read before as it ends now. No model.
 
 The longest suffix of prompt and text that occurred before is kept by a suffix automaton (Blumer et
 al., 1985), in constant time a token; of several occurrences it knows the first.
@@ -49,7 +49,7 @@ class SuffixIndex:
 
 
 class NgramDrafter(Drafter):
-    """Without a suffix that recurs the round is a plain decode step."""
+    """Where no suffix of LEAST tokens or more recurs, the round is a plain decode step."""
     certain, has_logits, skips = True, False, True
 
     def __init__(self, device="cpu"):
