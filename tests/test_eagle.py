@@ -13,6 +13,7 @@ import drafters.eagle
 from common import UserError
 from drafters.eagle import EagleDrafter, chain_loop, chain_steps, grow
 from drafters.eagle_head import EagleHead
+from drafters.tree import Tree
 from engine import Engine, Settings, generate
 from graphs import compile_engine, warm_up
 from helpers import random_model, randomize, tiny_config
@@ -376,3 +377,14 @@ def test_compiled_drafts_are_the_eager_ones(tree):
         ids, logits, *tree_of = e.drafter.propose(e.state, 2, 64, e.settings, None)
         drafted.append([ids, logits, *((t.parent, t.upto, t.depth) for t in tree_of)])
     torch.testing.assert_close(*drafted)
+
+
+def test_the_path_that_a_cache_keeps_is_rank_0s(monkeypatch):
+    """Another rank's may differ where its scores do in the last bit."""
+    (h, target), said, kept, keep = eagle(), [], [], Tree.keep
+    target = copy.copy(target)
+    target.agree = lambda t: said.append(t.clone()) or said[-1]
+    monkeypatch.setattr(Tree, "keep", lambda tree, cache, path, *read: kept.append(path) or keep(
+        tree, cache, path, *read))
+    generate(Engine(target, EagleDrafter(h, target, (2, 2)), speculate_k=2), [3, 1, 4], 12)
+    assert kept and all(any(path is t for t in said) for path in kept)
