@@ -16,7 +16,6 @@ by hand. Batch size 1; under torchrun the ranks share each model.
 """
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 from collections import Counter
@@ -49,7 +48,7 @@ from common import (
 from drafters.llama import LlamaDrafter
 from engine import Engine, generate
 from evaluation.tasks import TASKS, missing
-from formats.answer_log import AnswerLog, saved_settings
+from formats.answer_log import AnswerLog, saved_settings, seed_of
 from judge import COLDEST
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split
@@ -241,10 +240,6 @@ def room(args, prompt: dict) -> int:
     """Tokens that an answer may have."""
     default = TASKS[prompt["task"]].max_new_tokens if prompt["task"] else MAX_NEW_TOKENS
     return args.max_new_tokens or default
-
-
-def seed_of(*parts) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 # ---------------------------------------------------------------- mine

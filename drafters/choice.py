@@ -1,5 +1,6 @@
 """The drafters as the commands spell them: their names and trees, and what makes one."""
 import argparse
+import re
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -15,7 +16,7 @@ from judge import RULES
 from model import Transformer
 
 NAMES = "llama", "eagle", "eagle-tree", "ngram"
-CHAIN, LEVELS, TREE = 16, 8, "26"  # by default: K of a chain, levels of a dynamic tree, the tree
+CHAIN, LEVELS, TREE = 25, 8, "26"  # by default: K of a chain, levels of a dynamic tree, the tree
 NODES = 512  # tokens of a tree at most: its mask and its logits grow with them
 TREE_HELP = ("a tree of drafts of an EAGLE head: 4,2,1, the children of each node by depth; or 26, "
              f"the tokens of EAGLE-2's dynamic tree of {LEVELS} levels (26:5 of 5)")
@@ -106,7 +107,7 @@ def kind(draft: Path | str | None, tree) -> str | None:
 
 def check_rules(rules: list[str], drafters: list[str]):
     """Refuse a rule that needs the distribution of a draft that has none."""
-    rule = next((r for r in rules if RULES[r.partition(":")[0]].needs_draft_logits), None)
+    rule = next((r for r in rules if RULES[re.match("[^:@]*", r)[0]].needs_draft_logits), None)
     refuse((rule and "ngram" in drafters, f"rule {rule} compares the draft's distribution with the "
             "target's, and an n-gram draft has none; leave one of them out"))
 

@@ -14,8 +14,12 @@ import torch
 from tqdm import tqdm
 
 from common import UserError, json_lines
+from evaluation.intervals import of_ratio
+from evaluation.report import table
 from judge import RULES, Verified, accept_mask, top1
 from load import Loaded, parse_rule
+
+TEXTS = "text", "reference", "response"  # keys under which a line may have its text
 
 
 def replay_rounds(mask: list[bool], k: int) -> list[int]:
@@ -33,8 +37,9 @@ def replay_rounds(mask: list[bool], k: int) -> list[int]:
 def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[str, str, str]]:
     """("FILE, line N", prompt, text) of a JSON Lines file; with `limit` the first of each domain.
 
-    Its lines have `prompt` and `text` (or `reference`), or GSM8K's `question` and `answer`. `gsm8k`
-    is the task that words those prompts; the calculator notes <<...>> are left out.
+    Its lines have `prompt` and `text` (or `reference`, or `response` as IFEval's), or GSM8K's
+    `question` and `answer`. `gsm8k` is the task that words those prompts; the calculator notes
+    <<...>> are left out.
     """
     texts, seen = [], Counter()
     for where, e, *_ in json_lines(path, holding="examples"):
@@ -44,12 +49,12 @@ def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[s
                 text = re.sub("<<.*?>>", "", e["answer"])
                 text = text if chat or prompt[-1].isspace() else " " + text
             else:
-                prompt, text = e["prompt"], e["text"] if "text" in e else e["reference"]
+                prompt, text = e["prompt"], e[next(key for key in TEXTS if key in e)]
             if not (isinstance(prompt, str) and isinstance(text, str) and prompt and text):
                 raise TypeError
-        except (KeyError, TypeError):
-            raise UserError(f'{where}: no "prompt" and "text" (or "reference"), nor "question" '
-                            'and "answer"') from None
+        except (KeyError, StopIteration, TypeError):
+            raise UserError(f'{where}: no "prompt" and "text" (or "reference" or "response"), nor '
+                            '"question" and "answer"') from None
         domain = str(e.get("domain", e.get("task")))
         seen[domain] += 1
         if limit is None or seen[domain] <= limit:
@@ -71,7 +76,8 @@ def read_once(model, ids: list[int], n: int):
 @torch.inference_mode()
 def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules: list[str],
            k: int) -> dict:
-    """rule -> {mean_accepted, rejected (share of all tokens), rounds}.
+    """How many texts and tokens, K, and rules: rule -> {mean_accepted, its 95% interval, rejected
+    (share of all tokens), rounds}.
 
     texts: ("FILE, line N", prompt's ids, text's ids).
     """
@@ -95,8 +101,24 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
         passed = top1(v.logits) == v.drafted
         for rule, (name, parameter) in parsed.items():
             mask = accept_mask(passed, v, name, parameter).tolist()
-            rounds[rule] += replay_rounds(mask, k)
+            rounds[rule].append(replay_rounds(mask, k))
             rejected[rule] += mask.count(False)
     total = sum(len(after) for *_, after in texts)
-    return {rule: {"mean_accepted": sum(r) / len(r), "rejected": rejected[rule] / total,
-                   "rounds": len(r)} for rule, r in rounds.items()}
+    found = {}
+    for rule, of_texts in rounds.items():
+        parts = [(sum(accepted), len(accepted)) for accepted in of_texts]
+        accepted, n = map(sum, zip(*parts))
+        found[rule] = {"mean_accepted": accepted / n, "interval": of_ratio(parts),
+                       "rejected": rejected[rule] / total, "rounds": n}
+    return {"texts": len(texts), "tokens": total, "speculate_k": k, "rules": found}
+
+
+def shown(results: dict, file: str, target: str) -> str:
+    """replay.md, of one file."""
+    interval = lambda i: "–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}"
+    rows = [["rule", "accepted per round", "95% interval", "tokens rejected"], *(
+        [rule, f"{m['mean_accepted']:.2f}", interval(m["interval"]), f"{m['rejected']:.1%}"]
+        for rule, m in results["rules"].items())]
+    texts = f"{results['texts']} texts, {results['tokens']} tokens"
+    return (f"{file}: {texts}, as drafts for {target}, K = {results['speculate_k']}, greedy\n\n"
+            f"{table(rows)}\n")

@@ -24,16 +24,26 @@ from evaluation.sandbox import run_python
 
 
 class Score(NamedTuple):
-    right: bool
+    right: bool | None  # None: not graded here
     how: str  # what the answer was read from, or how the check ended
 
 
 class Task:
     """What the benchmarks share. `fields`: (path of keys, type) that each line must have."""
     name, fields, stop, max_new_tokens = "", (), (), 512
+    graded = True  # False: answers are written for another program to grade
 
     def __init__(self, allow_code_execution=False):
-        pass
+        self.left_out: list[str] = []  # ids of examples that cannot be graded here, after load
+
+    def check(self):
+        """Raise UserError where a package that grading needs is missing."""
+
+    def note(self) -> str | None:
+        """What a reader of the results must know, after load."""
+
+    def follow_up(self, example: dict, answers: list[str]) -> str | None:
+        """The user's next turn after these answers; None: the conversation is over."""
 
     def load(self, path, limit: int | None = None) -> list[dict]:
         """The examples, the first `limit` of each domain.
@@ -148,6 +158,7 @@ class HumanEval(Task):
     TIMEOUT = 10.0  # seconds
 
     def __init__(self, allow_code_execution=False):
+        super().__init__()
         self.allowed = allow_code_execution
 
     def load(self, path, limit=None):
