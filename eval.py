@@ -68,7 +68,8 @@ from evaluation.saved import (
     sampled,
     saved_answers,
 )
-from evaluation.tasks import TASKS, Task
+from evaluation.task import Task
+from evaluation.tasks import TASKS
 from evaluation.turns import messages, questions, write_fastchat
 from formats.answer_log import AnswerLog, saved_settings, seed_of
 from judge import RULES

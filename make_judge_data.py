@@ -47,7 +47,8 @@ from common import (
 )
 from drafters.llama import LlamaDrafter
 from engine import Engine, generate
-from evaluation.tasks import TASKS, missing
+from evaluation.task import missing
+from evaluation.tasks import TASKS
 from formats.answer_log import AnswerLog, saved_settings, seed_of
 from judge import COLDEST
 from judge_data import mining

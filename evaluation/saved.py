@@ -9,7 +9,7 @@ from checkpoint import fingerprint
 from common import FLAG, TEXT, Kind, file_hash, list_of, needed, number, whole
 from drafters.choice import CHAIN
 from drafters.length import Auto
-from evaluation.tasks import Task
+from evaluation.task import Task
 from formats.answer_log import AnswerLog, saved_settings
 from judge import COLDEST
 from load import dtype_name, eagle_hash

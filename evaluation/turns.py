@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from common import make_directory, write_text
-from evaluation.tasks import Task
+from evaluation.task import Task
 
 
 def questions(task: Task, first: str, example: dict) -> list[str]:

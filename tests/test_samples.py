@@ -1,5 +1,5 @@
-"""eval.py with several sampled answers to a problem: each has a seed of its own, so neither order nor
-kills change one; pass@k, intervals and p-values against brute force. And tasks of two turns.
+"""eval.py with several sampled answers to a problem: neither order nor kills change one; pass@k,
+intervals and p-values against brute force. And tasks of two turns.
 """
 import itertools
 import json
@@ -18,7 +18,7 @@ from common import UserError
 from drafters.llama import LlamaDrafter
 from engine import Engine, generate
 from evaluation import intervals, report, turns
-from evaluation.tasks import Score
+from evaluation.task import Score
 from formats.answer_log import seed_of
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
