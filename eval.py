@@ -38,7 +38,6 @@ from common import (
     UserError,
     check_apart,
     check_writable,
-    file_hash,
     make_directory,
     refuse,
     say,
@@ -54,7 +53,7 @@ from drafters.choice import (
     most_drafted,
     resolve_drafters,
 )
-from drafters.length import automatic, draft_length
+from drafters.length import Auto, automatic, draft_length
 from engine import Engine, Result, generate
 from evaluation import report
 from evaluation.replay import read_texts, replay, shown
@@ -62,7 +61,6 @@ from evaluation.report import PLAIN, row_name, row_parts
 from evaluation.saved import (
     SETTINGS,
     answer_kinds,
-    auto,
     length,
     resume,
     sampled,
@@ -311,7 +309,8 @@ def rescore(args):
     path, task = args.out / "answers.jsonl", make_task(args)
     task.check()
     saved = saved_settings(args.out / "settings.json", path,
-                           {"task": args.task, "data": file_hash(args.data)}, kinds=SETTINGS)
+                           {"task": args.task, "data": task.fingerprint(args.data)},
+                           kinds=SETTINGS)
     log = AnswerLog(path, kinds=answer_kinds(task))
     answers, examples = saved_answers(log), {e["id"]: e for e in task.load(args.data)}
     refuse((not answers, f"{args.out} holds no answers"),
@@ -363,13 +362,12 @@ def show_replay(args):
                         for where, prompt, text in texts]
         return max(len(prompt) + len(text) for texts in files for _, prompt, text in texts)
 
-    k = args.speculate_k or CHAIN
     models = load_what_rules_need(args, longest, rows=math.inf)
-    results = [replay(texts, models, args.rules, k) for texts in files]
+    results = [{"file": path.name} | replay(texts, models, args.rules, args.k)
+               for path, texts in zip(args.replay, files)]
     if job.rank():
         return
-    text = "\n".join(shown(r, path.name, args.target.resolve().name)
-                     for path, r in zip(args.replay, results))
+    text = "\n".join(shown(r, args.target.resolve().name) for r in results)
     if args.out:
         make_directory(args.out)
         write_json(args.out / "replay.json", results[0] if len(results) == 1 else results)
@@ -425,10 +423,11 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Refuse what can be refused before a file is read; resolves the device."""
+    """Refuse what can be refused before a file is read; resolves the device, K and the rows."""
     table = {rule: RULES.get(parse_rule(rule, PLAIN)[0]) for rule in args.rules}  # None: PLAIN
     first = lambda holds: next((rule for rule, row in table.items() if holds(row)), None)
     plain, making = first(lambda row: row is None), not (args.rescore or args.replay)
+    args.k = "auto" if isinstance(args.speculate_k, Auto) else args.speculate_k or CHAIN
     judged = first(lambda row: row and row.needs_judge)
     comparing = first(lambda row: row and row.needs_draft_logits)
     speculating = [rule for rule, row in table.items() if row]
@@ -465,8 +464,8 @@ def check_args(args):
         (args.replay and (args.drafters or args.eagle or args.tree), "--replay takes its texts for "
          "the drafts; leave out --drafters, --eagle and --tree"),
         (args.replay and sampled(args), "--replay is greedy; leave out --temperature"),
-        (args.replay and auto(args), "--speculate_k auto chooses how much is drafted, and --replay "
-         "drafts nothing; give a number"),
+        (args.replay and args.k == "auto", "--speculate_k auto chooses how much is drafted, and "
+         "--replay drafts nothing; give a number"),
         (args.speculate_k is not None and args.speculate_k < 1,
          f"--speculate_k is {args.speculate_k}; it must be at least 1"),
         (args.out and args.out.exists() and not args.out.is_dir(),

@@ -113,12 +113,11 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
     return {"texts": len(texts), "tokens": total, "speculate_k": k, "rules": found}
 
 
-def shown(results: dict, file: str, target: str) -> str:
+def shown(results: dict, target: str) -> str:
     """replay.md, of one file."""
     interval = lambda i: "–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}"
     rows = [["rule", "accepted per round", "95% interval", "tokens rejected"], *(
         [rule, f"{m['mean_accepted']:.2f}", interval(m["interval"]), f"{m['rejected']:.1%}"]
         for rule, m in results["rules"].items())]
-    texts = f"{results['texts']} texts, {results['tokens']} tokens"
-    return (f"{file}: {texts}, as drafts for {target}, K = {results['speculate_k']}, greedy\n\n"
-            f"{table(rows)}\n")
+    return (f"{results['file']}: {results['texts']} texts, {results['tokens']} tokens, as drafts "
+            f"for {target}, K = {results['speculate_k']}, greedy\n\n{table(rows)}\n")

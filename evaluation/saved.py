@@ -7,8 +7,6 @@ import torch
 
 from checkpoint import fingerprint
 from common import FLAG, TEXT, Kind, file_hash, list_of, needed, number, whole
-from drafters.choice import CHAIN
-from drafters.length import Auto
 from evaluation.task import Task
 from formats.answer_log import AnswerLog, saved_settings
 from judge import COLDEST
@@ -31,10 +29,6 @@ SETTINGS = needed(dict(task=TEXT, data=TEXT, target=TEXT, target_name=TEXT, devi
     seed=whole(0))
 
 
-def auto(args) -> bool:
-    return isinstance(args.speculate_k, Auto)
-
-
 def sampled(args) -> bool:
     return args.temperature > COLDEST
 
@@ -53,10 +47,10 @@ def defaults(task: Task) -> dict:
 def settings_of(args, task: Task) -> dict:
     """What answers depend on, speeds included, and ABOUT."""
     found = {
-        "task": args.task, "data": file_hash(args.data), "target": fingerprint(args.target),
+        "task": args.task, "data": task.fingerprint(args.data), "target": fingerprint(args.target),
         "draft": args.draft and fingerprint(args.draft),
         "judge": args.judge and file_hash(args.judge),
-        "speculate_k": "auto" if auto(args) else args.speculate_k or CHAIN,
+        "speculate_k": args.k,
         "chat": args.chat, "compile": args.compile, "processes": args.processes,
         "ranks": job.world() if job.world() > 1 else None,  # None: as before there were ranks
         "device": "cpu" if args.device == "cpu" else torch.cuda.get_device_name(),

@@ -532,6 +532,29 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
         assert got[rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
     assert got["judge:0"]["rejected"] == 0 and got["judge:1"] == got["standard"]
     assert 0 < got["topk:3"]["rejected"] < got["standard"]["rejected"] < 1 and r["texts"] == 3
+    low, high = got["topk:3"]["interval"]  # over three texts
+    assert low < got["topk:3"]["mean_accepted"] < high
+
+
+def test_replay_of_several_files_is_a_table_each(pair, tmp_path, capsys):
+    line = {"prompt": "How many?", "text": "Two eggs and six more eggs.", "response": "No."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    del line["text"]
+    (tmp_path / "b.jsonl").write_text(2 * (json.dumps(line) + "\n"))
+    flags = [*pair.models, "--rules", "standard,topk:9", "--device", "cpu", "--replay"]
+    each = []
+    for names in ("a",), ("b",), ("a", "b"):
+        E.main([*flags, *(str(tmp_path / f"{name}.jsonl") for name in names), "--out",
+                str(tmp_path / "out")])
+        each.append(json.loads((tmp_path / "out" / "replay.json").read_text()))
+    assert each[2] == each[:2] and [r["file"] for r in each[2]] == ["a.jsonl", "b.jsonl"]
+    assert [r["texts"] for r in each[2]] == [1, 2] and each[0]["tokens"] > each[1]["tokens"] / 2
+    assert each[0]["rules"]["standard"]["interval"] is None  # of one text
+    rule = each[1]["rules"]["standard"]  # of two that are alike
+    assert rule["interval"] == [rule["mean_accepted"]] * 2
+    shown = capsys.readouterr().out
+    assert shown.count("| standard ") == 4 and "b.jsonl: 2 texts" in shown
+    assert (tmp_path / "out" / "replay.md").read_text() in shown
 
 
 def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
