@@ -2,7 +2,7 @@
 from collections import Counter
 from typing import NamedTuple
 
-from common import Line, UserError, json_lines
+from common import Line, UserError, file_hash, json_lines
 
 TASKS: dict[str, type["Task"]] = {}  # by name; evaluation/tasks.py fills it
 
@@ -57,6 +57,10 @@ class Task:
             raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task "
                             f"{others[0]} or another file")
         return lines
+
+    def fingerprint(self, path) -> str:
+        """16 hex digits of all that `load` reads: other files, other digits."""
+        return file_hash(path)
 
     def problem(self, example: dict) -> str | None:
         """Why an example that has all `fields` cannot be used, or None."""

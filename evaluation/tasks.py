@@ -18,6 +18,9 @@ from evaluation.answers import (
     reference,
 )
 from evaluation.ifeval import IFEval
+from evaluation.mathematics import Aime24, Math500
+from evaluation.mmlu import Mmlu
+from evaluation.mt_bench import MTBench
 from evaluation.sandbox import run_python
 from evaluation.task import TASKS, Score, Task
 
@@ -212,4 +215,5 @@ class Demo(Task):
         return Score(right, "exact")
 
 
-TASKS.update((task.name, task) for task in (Gsm8k, HumanEval, Arc, IFEval, Demo))
+TASKS.update((task.name, task) for task in (
+    Gsm8k, HumanEval, Arc, Math500, Aime24, Mmlu, IFEval, MTBench, Demo))
