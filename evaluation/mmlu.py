@@ -94,7 +94,8 @@ def dev_file(test: Path) -> Path:
 
 def examples(path: Path) -> list[Line]:
     """The lines of a file; raises UserError naming file and line where one is not MMLU's."""
-    reader = csv.reader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""), strict=True)
+    text = read_text(path).removeprefix("\ufeff")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     found, number = [], 1  # of the line on which an example begins
     try:
         for row in reader:
