@@ -52,9 +52,8 @@ def grade(solution: str, text: str) -> tuple[bool, str]:
         reply = ""
     if not reply:
         grader.cache_clear()
-        process.kill()
         process.communicate()
-        return False, "timed out"
+        return False, "timed out" if process.returncode == 1 else "the grader failed"
     return tuple(json.loads(reply))
 
 
