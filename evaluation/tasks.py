@@ -22,7 +22,9 @@ from evaluation.mathematics import Aime24, Math500
 from evaluation.mmlu import Mmlu
 from evaluation.mt_bench import MTBench
 from evaluation.sandbox import run_python
-from evaluation.task import TASKS, Score, Task
+from evaluation.task import TASKS, Score, Task, missing
+
+__all__ = "TASKS", "Score", "Task", "missing"
 
 # ---------------------------------------------------------------- GSM8K
 
