@@ -62,9 +62,9 @@ class IFEval(Task):
             text += (f" For {' and '.join(self.drawn)} the reference draws a parameter at random, "
                      "since it does not take the one given; here each draw is always the same.")
         if self.left_out:
-            text += (f" Left out are {len(self.left_out)} prompts whose check needs NLTK's "
-                     "sentence data, which is not here (python -m nltk.downloader punkt_tab "
-                     f"brings it): {', '.join(i.removeprefix('ifeval/') for i in self.left_out)}.")
+            keys = ", ".join(i.removeprefix("ifeval/") for i in self.left_out)
+            text += (" Left out, since their check needs NLTK's sentence data, which is not here "
+                     f"(python -m nltk.downloader punkt_tab brings it): {keys}.")
         return text
 
     def prompt(self, example) -> str:
@@ -116,14 +116,15 @@ def reference() -> ModuleType:
     name, rank = "lm_eval.tasks", os.environ.get("LOCAL_RANK")
     stub, before = ModuleType(name), sys.modules.get(name)
     try:
-        import langdetect
         stub.__path__ = [os.path.join(*importlib.import_module("lm_eval").__path__, "tasks")]
+        import langdetect
         os.environ["LOCAL_RANK"] = "1"  # else its import may download NLTK's data
         sys.modules[name] = before or stub
         module = importlib.import_module(f"{name}.ifeval.utils")
     except ImportError as e:
-        raise UserError(f"ifeval is graded by lm-eval, and the package {e.name} is missing; "
-                        "pip install -r requirements-eval.txt") from None
+        way = "--no-deps lm_eval==0.4.13" if e.name == "lm_eval" else "-r requirements-eval.txt"
+        raise UserError(f"ifeval is graded by lm-eval, and the package {e.name} is missing; pip "
+                        f"install {way}") from None
     finally:
         if sys.modules.get(name) is stub:
             del sys.modules[name]  # whoever imports lm_eval after this gets the whole
@@ -137,10 +138,10 @@ def reference() -> ModuleType:
 @functools.cache
 def has_sentence_data() -> bool:
     """Whether NLTK finds the data that the checkers BY_NLTK need."""
-    import nltk
+    util = reference().instructions_registry.instructions.instructions_util
     try:
-        nltk.word_tokenize("One. Two.")
-        reference().instructions_registry.instructions.instructions_util.count_sentences("One.")
+        util.count_sentences("One. Two.")
+        util.nltk.word_tokenize("One. Two.")
     except LookupError:
         return False
     return True
