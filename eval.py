@@ -74,6 +74,7 @@ from judge import RULES
 from load import (
     Loaded,
     add_device_flags,
+    engine_rule,
     load_models,
     parse_rule,
     resolve_device,
@@ -164,7 +165,8 @@ class Session:
             return Engine({"target": target, "draft": draft}[rule], **sampling)
         k = k_of(args, drafter)
         drafter, chooser = automatic(make_drafter(drafter, target, draft, eagle, args.tree), k)
-        return Engine(target, drafter, head, *parse_rule(rule), k, chooser=chooser, **sampling)
+        return Engine(target, drafter, head, speculate_k=k, chooser=chooser, **sampling,
+                      **engine_rule(rule, self.tokenizer))
 
     def generate(self, row: str, index: int, sample=0) -> tuple[list[str], list[Result]]:
         """The answer to a problem, and how it was made: of each turn."""
