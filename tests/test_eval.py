@@ -526,7 +526,7 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     got = r["rules"]
     for rule in rules:
         name, value, _ = parse_rule(rule)
-        parameter = RULES[name].parameter_for(value, head)
+        parameter = TABLE[name].parameter_for(value, head)
         s = Settings(name, parameter, 0.0, None, None, 1024)
         want = [n for p, t in pairs for n in real_rounds(
             target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]

@@ -22,7 +22,7 @@ from evaluation.task import Score
 from formats.answer_log import seed_of
 from helpers import random_model, save_checkpoint, tiny_config
 from judge import JudgeHead
-from load import parse_rule
+from load import engine_rule
 from test_eval import (  # noqa: F401 (fixtures)
     DEMO,
     answers,
@@ -73,7 +73,8 @@ def test_each_answer_is_what_an_engine_with_its_seed_says(pair, whole):  # noqa:
     for rule, i, sample in (("target", ids[0], 2), ("draft", ids[1], 0), ("standard", ids[1], 1),
                             ("judge", ids[2], 2)):
         e = Engine({"target": target, "draft": draft}[rule], **drawn) if rule in report.PLAIN else (
-            Engine(target, LlamaDrafter(draft), head, *parse_rule(rule), 5, **drawn))
+            Engine(target, LlamaDrafter(draft), head, speculate_k=5, **engine_rule(rule, tokenizer),
+                   **drawn))
         e.rng.manual_seed(seed_of(3, i, sample))
         a, r = got[rule, i, sample], generate(e, tokenizer.encode(examples[i]["prompt"]), 12,
                                               tokenizer.eos_ids)
