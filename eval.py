@@ -238,8 +238,8 @@ def make_answers(args, examples, units):
 class Progress:
     """A line on stderr: accuracy and tokens/s of each row over all answers, saved ones too."""
 
-    def __init__(self, rows: list[str], total: int):
-        self.total, self.done, self.last = total, 0, time.monotonic()
+    def __init__(self, rows: list[str], total: int, graded: bool):
+        self.total, self.graded, self.done, self.last = total, graded, 0, time.monotonic()
         self.sums = {row: [0, 0, 0, 0.0] for row in rows}  # answers, right, tokens, seconds
 
     def add(self, answer: dict, show=True):
@@ -256,7 +256,7 @@ class Progress:
         for rule, (n, right, tokens, seconds) in self.sums.items():
             if n:
                 speed = tokens / seconds if seconds else 0
-                line += f"  {rule} {right / n:.1%} {speed:.0f}/s"
+                line += f"  {rule}" + f" {right / n:.1%}" * self.graded + f" {speed:.0f}/s"
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
             print("\r" + line[:width].ljust(width), end="\n" if self.done == self.total else "",
@@ -280,7 +280,7 @@ def evaluate(args):
     done = saved_answers(log)
     units = [(row, i, sample) for i, e in enumerate(examples) for sample in range(args.samples)
              for row in args.rows]
-    progress, missing = Progress(args.rows, len(units)), []
+    progress, missing = Progress(args.rows, len(units), task.graded), []
     for row, i, sample in units:
         if answer := done.get((row, examples[i]["id"], sample)):
             progress.add(answer, show=False)

@@ -58,20 +58,22 @@ def made(rows) -> int:
 
 def accuracy(rows) -> dict:
     """The numbers of right answers; None where the task is not graded. With several samples of a
-    problem also pass@k, for k up to the fewest that a problem has.
+    problem also how many, and pass@k for k up to the fewest that a problem has.
     """
+    n, right = Counter(r["id"] for r in rows), Counter()
+    found = {"n": len(rows), "right": None, "accuracy": None, "interval": None}
+    if len(n) < len(rows):
+        found |= {"problems": len(n), "samples": [min(n.values()), max(n.values())]}
     if not graded(rows):
-        return {"n": len(rows), "right": None, "accuracy": None, "interval": None}
-    right, n = Counter(), Counter(r["id"] for r in rows)
+        return found
     for r in rows:
         right[r["id"]] += r["right"]
     shares = [right[i] / n[i] for i in n]
-    found = {"n": len(rows), "right": right.total(), "accuracy": sum(shares) / len(shares),
-             "interval": of_problems(shares, len(rows))}
-    if len(n) < len(rows):
+    found |= {"right": right.total(), "accuracy": sum(shares) / len(shares),
+              "interval": of_problems(shares, len(rows))}
+    if "samples" in found:
         ks = itertools.takewhile(lambda k: k <= min(n.values()), (2**i for i in itertools.count()))
-        found |= {"problems": len(n), "samples": [min(n.values()), max(n.values())], "pass_at": {
-            k: sum(pass_at(k, right[i], n[i]) for i in n) / len(n) for k in ks}}
+        found["pass_at"] = {k: sum(pass_at(k, right[i], n[i]) for i in n) / len(n) for k in ks}
     return found
 
 

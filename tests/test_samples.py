@@ -348,7 +348,7 @@ def files_but_time(out):
             if p.is_file()}
 
 
-def test_turns_are_sampled_and_each_sample_is_a_choice(talk):
+def test_turns_are_sampled_and_each_sample_is_a_choice(talk, capsys):
     E.main([*talk.flags, "--out", str(talk.out), "--temperature", "1", "--samples", "2"])
     got = answers(talk.out)
     lines = [*map(json.loads, (talk.out / "model_answer/topk_3_ngram.jsonl").open())]
@@ -356,6 +356,9 @@ def test_turns_are_sampled_and_each_sample_is_a_choice(talk):
         [got["topk:3/ngram", f"talk/{n}", s]["turns"] for s in (0, 1)] for n in (7, 81)]
     assert lines[0]["choices"][0]["turns"] != lines[0]["choices"][1]["turns"]
     assert [c["index"] for c in lines[0]["choices"]] == [0, 1]
+    shown = capsys.readouterr()
+    assert "samples of a problem: 2" in shown.out and "pass@" not in shown.out
+    assert "%" not in shown.err and "8/8  target " in shown.err
 
 
 @pytest.mark.parametrize("more, message", [
