@@ -6,6 +6,7 @@ are imported, which needs neither datasets nor the rest of that package's depend
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import random
 import sys
@@ -131,6 +132,7 @@ def reference() -> ModuleType:
         os.environ.pop("LOCAL_RANK", None)
         if rank is not None:
             os.environ["LOCAL_RANK"] = rank
+    logging.getLogger(f"{name}.ifeval.instructions").disabled = True  # it prints whole answers
     langdetect.DetectorFactory.seed = 0  # it samples: without a seed a short text's language varies
     return module
 

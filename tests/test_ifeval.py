@@ -102,7 +102,7 @@ def test_every_kind_of_instruction(sentence_data, task, tmp_path, name):
     assert task.score(example, " \n") == (False, "0 of 1 followed")
 
 
-def test_all_instructions_must_be_followed(task):
+def test_all_instructions_must_be_followed(task, caplog):
     both = line(("punctuation:no_comma", {}), ("startend:quotation", {}))
     assert task.score(both, "\"Yes.\"") == (True, "2 of 2 followed")
     assert task.score(both, "\"Yes, no.\"") == (False, "1 of 2 followed")
@@ -110,6 +110,8 @@ def test_all_instructions_must_be_followed(task):
     assert {*KINDS} == {*ifeval.reference().instructions_registry.INSTRUCTION_DICT}
     brackets = line(("detectable_format:json_format", {}))
     assert task.score(brackets, "[" * 100_000) == (False, "the grader failed")
+    task.score(line(("language:response_language", {"language": "de"})), "{}")
+    assert not caplog.records  # of a text without a language the reference logs the whole
 
 
 def test_published_file_and_gpt4s_answers(task):

@@ -36,6 +36,7 @@ LETTERS = [
     ("B is a metal", True, "a letter", False), ("zinc", True, "choice text", False),
     ("E", False, "no letter"), ("BC", False, "no letter"), ("", False, "no letter"),
     ("I do not know", False, "no letter"),
+    ("A.D. 70 it was. The answer is B.", True, "named", False),
     ("A ball is no metal, so it is B.", True, "as a choice", False),
 ]
 
@@ -82,6 +83,7 @@ def test_official_layout(data):
 
 @pytest.mark.parametrize("content, message", [
     ("q,a,b,c,A\n", "line 3: it has 5 columns; MMLU's files have 6"),
+    ('"q\nr",a,b,c,A\n', "line 3: it has 5 columns"),  # it ends on line 4
     ("q,a,b,c,d,e,A\n", "line 3: it has 7 columns; MMLU's files have 6"),
     ("q,a,b,c,d,E\n", "line 3: its answer is 'E', not A, B, C or D$"),
     ("q,a,b,c,d,1\n", "line 3: its answer is '1', not A, B, C or D$"),
