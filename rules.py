@@ -53,10 +53,10 @@ def relaxed(v, k_delta: tuple[float, float]) -> Tensor:
 
 def margin(v, ratio: float) -> Tensor:
     """MARS (arXiv 2601.15498): the target's second choice, where its logit is above `ratio` times
-    the first one's. Of logits, not of probabilities, so never where the first is not positive.
+    the first one's: of logits, not of probabilities, so never where the first is not positive.
     """
     first, second = v.logits.float().topk(2).values.unbind(-1)
-    return topk(v, 2) & (first > 0) & (second > ratio * first)
+    return topk(v, 2) & (second > ratio * first)
 
 
 def fly(v, entropy_window: tuple[float, float]) -> Tensor:
