@@ -9,6 +9,7 @@ import torch
 
 import benchmark as B
 import linear
+import quantize
 from checkpoint import config_from
 from common import UserError
 from drafters.llama import LlamaDrafter
@@ -17,7 +18,7 @@ from evaluation import hf_peer
 from evaluation.benchmark_report import real_rows
 from evaluation.dummy import build, find
 from evaluation.real import Run, variant
-from helpers import random_model, tiny_config
+from helpers import random_model, run_command, tiny_config
 from judge import JudgeHead
 from linear import MODES, QuantizedLinear, prepare
 from load import load_judge, parse_rule, read_vocabulary
@@ -26,7 +27,7 @@ from model import Transformer
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 CONFIG = tiny_config()
 QWEN = tiny_config(architectures=["Qwen3ForCausalLM"], head_dim=16, tie_word_embeddings=True)
-RULES = "standard", "topk:3", "typical:0.5", "kl:1", "judge", "judge:0.3"
+RULES = "standard", "topk:3", "typical:0.5", "kl:1", "judge"
 
 
 def compare(models, configs, head, prompts, k, max_new_tokens, eos_ids=()):
@@ -62,7 +63,11 @@ def near(model, config: dict, noise: float) -> Transformer:
 @pytest.mark.parametrize("target, draft_rows, k", [
     (CONFIG, 101, 1), (QWEN, 96, 5), (CONFIG, 128, 4),
 ], ids=["one token", "qwen3, draft with fewer rows", "draft with more rows"])
-def test_every_rule_makes_our_text(target, draft_rows, k):
+def test_every_rule_makes_our_text(monkeypatch, target, draft_rows, k):
+    rows, accept_mask = set(), hf_peer.accept_mask
+    monkeypatch.setattr(hf_peer, "accept_mask", lambda passed, v, *rule: (
+        v.draft_logits is not None and rows.add(v.draft_logits.shape),
+        accept_mask(passed, v, *rule))[1])
     small = target | {"vocab_size": draft_rows}
     model = random_model(target, seed=3)
     models = model, near(model, small, 0.015)
@@ -72,17 +77,45 @@ def test_every_rule_makes_our_text(target, draft_rows, k):
     prompts = [[98, 7], list(range(60, 99))]
     means = compare(models, [target, small], head, prompts, k, 14, eos_ids=(text[9],))
     assert 0 < sum(means["standard"]) < 2 * k and len(set(map(tuple, means.values()))) > 2, means
+    assert rows == {(k, min(draft_rows, 101))}  # kl's: without the rows that pad the draft
 
 
-def test_the_shipped_judge_on_the_demo_pair():
-    sources = [find(str(DEMO / name), None, name) for name in ("target", "draft")]
+@pytest.fixture(scope="module")
+def int4_draft(tmp_path_factory):
+    out = tmp_path_factory.mktemp("int4") / "draft"
+    with pytest.MonkeyPatch.context() as m:
+        run_command(m, quantize, "--checkpoint_dir", DEMO / "draft", "--mode", "int4",
+                    "--group_size", "32", "--out", out)
+    return out
+
+
+def test_the_shipped_judge_and_a_quantized_draft(int4_draft):
+    sources = [find(str(path), None, "model") for path in (DEMO / "target", int4_draft)]
     models = [build(source, "cpu", torch.float32) for source in sources]
     _, tokenizer = read_vocabulary(DEMO / "target")
-    lines = (DEMO / "problems.jsonl").read_text().splitlines()
-    prompts = [tokenizer.encode(json.loads(lines[i])["prompt"]) for i in (0,)]
+    line = (DEMO / "problems.jsonl").read_text().partition("\n")[0]
+    prompts = [tokenizer.encode(json.loads(line)["prompt"])]
     head = load_judge(DEMO / "judge.safetensors", DEMO / "target")
     means = compare(models, [s.config for s in sources], head, prompts, 8, 30, tokenizer.eos_ids)
     assert sum(means["judge"]) > 1.5 * sum(means["standard"])
+
+
+def test_the_memory_of_widened_weights_is_counted(int4_draft, monkeypatch):
+    def check(models, *more):
+        seen.update(models)
+        raise UserError("enough")
+
+    seen = {}
+    monkeypatch.setattr(B, "check_memory", check)
+    flags = ["--target", str(DEMO / "target"), "--draft", str(int4_draft), "--device", "cpu",
+             "--draft_dtype", "bfloat16", "--prompts", str(DEMO / "problems.jsonl")]
+    for peer, names in ([], []), (["--peer", "hf"], ["draft in Hugging Face"]):
+        with pytest.raises(UserError, match="^enough$"):
+            B.main([*flags, *peer])
+        assert list(seen) == ["target", "draft", *names]
+    draft = find(str(DEMO / "draft"), None, "draft").model_config
+    count = sum(p.numel() for p in Transformer(draft).parameters())
+    assert seen["draft in Hugging Face"] == (2 * count, 0, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
