@@ -79,8 +79,7 @@ def speculate(target, draft, draft_rows: int, head: JudgeHead | None, rule: tupl
               max_new_tokens: int, eos_ids, prompt: list[int]) -> tuple[list[int], float]:
     """Greedy speculation around transformers' forward: the new tokens and those accepted a round.
 
-    rule: (accept, parameter). draft_rows: of the vocabulary, the draft's own. The text is the one
-    that our engine makes.
+    rule: (accept, parameter). draft_rows: the draft's, before padding. The text is our engine's.
     """
     accept, given = rule
     row, ids = RULES[accept], lambda tokens: torch.tensor(tokens, device=target.device)
@@ -94,15 +93,12 @@ def speculate(target, draft, draft_rows: int, head: JudgeHead | None, rule: tupl
             draft_logits += draft.lm_head(read(draft, tokens, of_draft)[-1:])[:, :draft_rows]
             drafted.append(tokens := top1(draft_logits[-1])[None])
         drafted = torch.cat(drafted)
-
         # 2. verify and judge
         hidden = read(target, torch.cat((ids(text[-1:]), drafted)), of_target)
-        logits = target.lm_head(hidden)
-        own = top1(logits)
+        own = top1(logits := target.lm_head(hidden))
         v = Verified(logits=logits[:-1], hidden=hidden[1:], drafted=drafted,
                      draft_logits=torch.stack(draft_logits) if row.needs_draft_logits else None,
                      scores=head(hidden[1:]) if row.needs_judge else None)
-
         # 3. accept
         mask = accept_mask(own[:-1] == drafted, v, accept, row.parameter_for(given, head))
         n, *made = torch.cat((mask.long().cumprod(0).sum()[None], drafted, own)).tolist()
@@ -110,7 +106,6 @@ def speculate(target, draft, draft_rows: int, head: JudgeHead | None, rule: tupl
         new = made[:n] + made[k + n:k + n + 1]
         new = new[:next((i for i, token in enumerate(new, 1) if token in eos_ids), None)]
         accepted.append(min(n, len(new)))
-
         # 4. next state
         for cache in caches:
             if (beyond := cache.get_seq_length() - len(text) - n) > 0:
