@@ -14,6 +14,7 @@ from checkpoint import source_shapes
 from judge import RULES, JudgeHead, Verified, accept_mask, top1
 from linear import QuantizedLinear, dense
 from model import Transformer
+from rules import within
 
 
 def plain_weight(model: Transformer, name: str, shape: list[int]) -> Tensor:
@@ -75,14 +76,14 @@ def read(model, tokens: Tensor, cache) -> Tensor:
 
 @torch.inference_mode()
 @without_cudnn_attention()
-def speculate(target, draft, draft_rows: int, head: JudgeHead | None, rule: tuple, k: int,
+def speculate(target, draft, draft_rows: int, head: JudgeHead | None, rule: dict, k: int,
               max_new_tokens: int, eos_ids, prompt: list[int]) -> tuple[list[int], float]:
     """Greedy speculation around transformers' forward: the new tokens and those accepted a round.
 
-    rule: (accept, parameter). draft_rows: the draft's, before padding. The text is our engine's.
+    rule: as an Engine takes it. draft_rows: the draft's, before padding. The text is our engine's.
     """
-    accept, given = rule
-    row, ids = RULES[accept], lambda tokens: torch.tensor(tokens, device=target.device)
+    row, ids = RULES[rule["accept"]], lambda tokens: torch.tensor(tokens, device=target.device)
+    parameter = row.parameter_for(rule["parameter"], head)
     caches = of_target, of_draft = transformers.DynamicCache(), transformers.DynamicCache()
     first = top1(target.lm_head(read(target, ids(prompt), of_target)[-1]))
     text, end, accepted = [*prompt, int(first)], len(prompt) + max_new_tokens, []
@@ -98,9 +99,10 @@ def speculate(target, draft, draft_rows: int, head: JudgeHead | None, rule: tupl
         own = top1(logits := target.lm_head(hidden))
         v = Verified(logits=logits[:-1], hidden=hidden[1:], drafted=drafted,
                      draft_logits=torch.stack(draft_logits) if row.needs_draft_logits else None,
-                     scores=head(hidden[1:]) if row.needs_judge else None)
+                     scores=head(hidden[1:]) if row.needs_judge else None,
+                     passed=own[:-1] == drafted)
         # 3. accept
-        mask = accept_mask(own[:-1] == drafted, v, accept, row.parameter_for(given, head))
+        mask = accept_mask(v, rule["accept"], parameter, within(rule["span"], text, drafted))
         n, *made = torch.cat((mask.long().cumprod(0).sum()[None], drafted, own)).tolist()
         n = min(n, end - len(text) - 1)
         new = made[:n] + made[k + n:k + n + 1]
@@ -119,7 +121,7 @@ def calls(target: Transformer, draft: Transformer, configs: list[dict], speculat
     """Variant -> a function of a prompt's ids that gives the new tokens and those accepted a round.
 
     `generate` alone and, with the same constant K, assisted, which does not say what it accepted;
-    and the rules, {name: (accept, parameter)}. A text ends where ours does.
+    and the rules, {name: as an Engine takes it}. A text ends where ours does.
     """
     theirs, assistant = (to_hf(model, config, target.config.vocab_size)
                          for model, config in zip((target, draft), configs))

@@ -72,7 +72,7 @@ def measure_real(args, target: Transformer, draft: Transformer, head: JudgeHead 
         from evaluation import hf_peer  # needs transformers
         theirs = hf_peer.calls(target, draft, [args.target.config, args.draft.config],
                                args.speculate_k, args.max_new_tokens, eos_ids,
-                               {rule: parse_rule(rule) for rule in args.rules}, head)
+                               args.rules, head)
         calls |= {name: lambda prompt, f=f: Run(*f(prompt)) for name, f in theirs.items()}
     rows = in_turns(calls, prompts, args.device)
     return {"label": "real acceptance", "prompts": len(prompts),

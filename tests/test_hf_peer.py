@@ -27,17 +27,20 @@ from model import Transformer
 DEMO = Path(__file__).parents[1] / "checkpoints" / "demo"
 CONFIG = tiny_config()
 QWEN = tiny_config(architectures=["Qwen3ForCausalLM"], head_dim=16, tie_word_embeddings=True)
-RULES = "standard", "topk:3", "typical:0.5", "kl:1", "judge"
+RULES = "standard", "topk:3", "typical:0.5", "kl:1", "judge", "fly:0,1", "topk:60@x"
+SPAN = 60, 41  # x's: it is open in a prompt
 
 
 def compare(models, configs, head, prompts, k, max_new_tokens, eos_ids=()):
     """The accepted per round of each rule and prompt, after the comparison with our engine."""
     target, draft = models
-    rules, means = {rule: parse_rule(rule) for rule in RULES}, {}
+    spelled, means = {rule: parse_rule(rule) for rule in RULES}, {}
+    rules = {rule: {"accept": name, "parameter": parameter, "span": span and SPAN}
+             for rule, (name, parameter, span) in spelled.items()}
     calls = hf_peer.calls(*models, configs, [k], max_new_tokens, eos_ids, rules, head)
-    assert list(calls) == ["hf target", f"hf assisted K={k}", *(f"hf {r} K={k}" for r in RULES)]
+    assert list(calls) == ["hf target", f"hf assisted K={k}", *(f"hf {r} K={k}" for r in rules)]
     for name, rule in rules.items():
-        engine = Engine(target, LlamaDrafter(draft), head, *rule, speculate_k=k)
+        engine = Engine(target, LlamaDrafter(draft), head, speculate_k=k, **rule)
         for prompt in prompts:
             tokens, mean = calls[f"hf {name} K={k}"](prompt)
             ours = generate(engine, prompt, max_new_tokens, eos_ids)
@@ -65,9 +68,8 @@ def near(model, config: dict, noise: float) -> Transformer:
 ], ids=["one token", "qwen3, draft with fewer rows", "draft with more rows"])
 def test_every_rule_makes_our_text(monkeypatch, target, draft_rows, k):
     rows, accept_mask = set(), hf_peer.accept_mask
-    monkeypatch.setattr(hf_peer, "accept_mask", lambda passed, v, *rule: (
-        v.draft_logits is not None and rows.add(v.draft_logits.shape),
-        accept_mask(passed, v, *rule))[1])
+    monkeypatch.setattr(hf_peer, "accept_mask", lambda v, *rule: (
+        v.draft_logits is not None and rows.add(v.draft_logits.shape), accept_mask(v, *rule))[1])
     small = target | {"vocab_size": draft_rows}
     model = random_model(target, seed=3)
     models = model, near(model, small, 0.015)
