@@ -8,9 +8,10 @@
 A preset or a config.json gets dummy weights of its real shapes: real speed, meaningless text. How
 many drafted tokens a round accepts is then forced, and what rests on it is labelled 'simulated
 acceptance'. Real checkpoints with --prompts are also compared with real acceptance, interleaved,
-with Hugging Face's generate beside ours. The time to the first token is that from a prompt's start
-to its first new token. Under torchrun the ranks share the target as generate.py's do; times are
-rank 0's, bytes and bandwidth those of all ranks. Batch size 1, greedy.
+with Hugging Face's generate, and the same rules around its forward, beside ours. The time to the
+first token is that from a prompt's start to its first new token. Under torchrun the ranks share the
+target as generate.py's do; times are rank 0's, bytes and bandwidth those of all ranks. Batch size
+1, greedy.
 """
 import importlib.util
 import math
@@ -60,7 +61,7 @@ from load import (
     rule_list,
 )
 from ranks import all_reduce, job
-from ranks.memory import check_memory
+from ranks.memory import Memory, check_memory
 
 ROWS = [1, 2, 4, 8, 16, 32, 64]  # positions of a verification pass
 LENGTHS = [64, 512]  # of the prompts whose first token is timed
@@ -93,7 +94,8 @@ def parse_args(argv=None):
     p.add_argument("--rules", help="list of rules to compare on --prompts, such as "
                    "standard,topk:3 (default standard, and judge with --judge)")
     add_drafter_flags(p)
-    p.add_argument("--peer", choices=("hf",), help="compare with Hugging Face's generate too")
+    p.add_argument("--peer", choices=("hf",), help="compare with Hugging Face too: generate alone "
+                   "and assisted, and --rules around its forward")
     p.add_argument("--speculate_k", type=numbers(draft_length, "speculate_k"), default=None,
                    help="list of K (default 4,8,16,32; a tree brings its own); with --prompts auto "
                    "may be among them: as many as pay, measured")
@@ -130,6 +132,8 @@ def parse_args(argv=None):
     args.rules = rule_list(args.rules or "standard" + (",judge" if args.judge else ""))
     check_args(args, most)
     resolve_drafters(args, args.rules if args.prompts else [], given)
+    refuse((args.peer and "llama" not in args.drafters, "--peer hf drafts with --draft alone, no "
+            "head, no tree; add llama to --drafters"))
     args.ks = {name: ks_of(name, args.tree, given, KS) for name in args.drafters}
     args.drafted = max(most, most_drafted(args.drafters, args.tree, given, KS))
     resolve_device(args)
@@ -159,8 +163,6 @@ def check_args(args, most: int):
         (args.peer and job.world() > 1, "--peer hf runs in one process; leave it out, or torchrun"),
         (args.peer and lacking("transformers") is None,
          "--peer hf needs transformers; pip install transformers"),
-        (args.peer and any("quantization" in s.config for s in (args.target, args.draft)),
-         "--peer hf needs checkpoints that are not quantized"),
         (args.plot and lacking("matplotlib") is None,
          "--plot needs matplotlib; pip install matplotlib"),
         (args.device == "cpu" and "fp8" in (args.target_quant, args.draft_quant),
@@ -221,6 +223,9 @@ def main(argv=None):
         own = eagle_memory(args.eagle, configs[0], args.draft_dtype, capacity, args.device)
         engines = len(args.rules) * sum(len(args.ks[name]) for name in headed)
         needs["EAGLE head"] = own._replace(cache=engines * own.cache)
+    # Hugging Face's forward has no kernels for quantized weights: it gets a widened copy.
+    needs |= {f"{flag} in Hugging Face": Memory(models[flag]["parameters"] * dtype.itemsize, 0, 0)
+              for flag, (_, dtype) in sources.items() if args.peer and models[flag]["quant"]}
     check_memory(needs, capacity, max(*args.rows, args.drafted + 1), args.device,
                  1 + bool(args.peer),
                  "take smaller models, --target_quant, --draft_quant or --dtype bfloat16")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import judge
+import rules
 from common import refuse
 from judge import RULES, JudgeHead, Verified
 from model import Cache, Transformer
@@ -158,9 +159,9 @@ def bounds(s: Settings, state: State, drafted: Tensor, tree=None):
     """
     if not s.span:
         return True, lambda end, own: state.inside
-    after = judge.inside_after(state.inside, drafted, s.span, tree)
+    after = rules.inside_after(state.inside, drafted, s.span, tree)
     before = tree.before(after) if tree else after[:-1]
-    return before.bool() & (drafted != s.span[1]), lambda end, own: judge.inside_after(
+    return before.bool() & (drafted != s.span[1]), lambda end, own: rules.inside_after(
         after.index_select(0, end), own, s.span)[1:]
 
 

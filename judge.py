@@ -98,16 +98,6 @@ def accept_mask(v: Verified, accept: str, parameter, inside: Tensor | bool = Tru
     return v.passed | RULES[accept].accept(v, parameter) & inside
 
 
-def inside_after(inside: Tensor, tokens: Tensor, span: tuple[int, int], tree=None) -> Tensor:
-    """int64 [N + 1], 1 where a text is between the two ids of `span`: as it stands, `inside` [1],
-    and after each of the tokens [N] that follow it, one after another or as a drafters.tree.Tree.
-    """
-    mark = torch.cat((2 * inside - 1, (tokens == span[0]).long() - (tokens == span[1]).long()))
-    upto = tree.upto if tree else mark.new_ones(len(mark), len(mark), dtype=torch.bool).tril()
-    latest = torch.where(upto & (mark != 0), upto.sum(-1), 0).argmax(-1)
-    return (mark.index_select(0, latest) + 1) // 2
-
-
 # ---------------------------------------------------------------- the standard test, sampling
 
 def top1(logits: Tensor) -> Tensor:

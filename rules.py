@@ -2,7 +2,8 @@
 
 Each takes a judge.Verified of K drafted tokens and its parameter, and gives a mask bool [K] of
 tokens that are accepted beside those that pass the standard test. Pure functions of the target's
-logits; probabilities are at temperature 1 where nothing else is said.
+logits; probabilities are at temperature 1 where nothing else is said. And what binds a rule to a
+span of the text.
 """
 import math
 
@@ -53,10 +54,10 @@ def relaxed(v, k_delta: tuple[float, float]) -> Tensor:
 
 def margin(v, ratio: float) -> Tensor:
     """MARS (arXiv 2601.15498): the target's second choice, where its logit is above `ratio` times
-    the first one's. Of logits, not of probabilities, so never where the first is not positive.
+    the first one's: of logits, not of probabilities, so never where the first is not positive.
     """
     first, second = v.logits.float().topk(2).values.unbind(-1)
-    return topk(v, 2) & (first > 0) & (second > ratio * first)
+    return topk(v, 2) & (second > ratio * first)
 
 
 def fly(v, entropy_window: tuple[float, float]) -> Tensor:
@@ -79,3 +80,23 @@ def thresholds(v, single_acc: tuple[float, float]) -> Tensor:
     if v.p is None:
         return torch.zeros_like(v.passed)
     return (v.p > 0) & ((v.p >= single) | (v.coin * acc < v.p))
+
+
+# ---------------------------------------------------------------- spans
+
+def inside_after(inside: Tensor, tokens: Tensor, span: tuple[int, int], tree=None) -> Tensor:
+    """int64 [N + 1], 1 where a text is between the two ids of `span`: as it stands, `inside` [1],
+    and after each of the tokens [N] that follow it, one after another or as a drafters.tree.Tree.
+    """
+    mark = torch.cat((2 * inside - 1, (tokens == span[0]).long() - (tokens == span[1]).long()))
+    upto = tree.upto if tree else mark.new_ones(len(mark), len(mark), dtype=torch.bool).tril()
+    latest = torch.where(upto & (mark != 0), upto.sum(-1), 0).argmax(-1)
+    return (mark.index_select(0, latest) + 1) // 2
+
+
+def within(span: tuple[int, int] | None, prompt: list[int], text: Tensor) -> Tensor:
+    """bool [M]: the tokens of text [M] between the two ids of `span`; all, where there is none."""
+    if not span:
+        return torch.ones_like(text, dtype=torch.bool)
+    after = inside_after(text.new_zeros(1), torch.cat((text.new_tensor(prompt), text)), span)
+    return after[len(prompt):-1].bool() & (text != span[1])

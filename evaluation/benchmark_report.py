@@ -60,11 +60,13 @@ def simulated_rows(simulated: dict, ks: list[int]) -> list[list[str]]:
 
 
 def real_rows(real: dict) -> list[list[str]]:
-    rows = [["variant", "tokens/s", "speed-up", "without prefill", "first token, ms",
+    over_hf = ["over hf target"] if real["variants"][0]["speed_up_over_hf"] else []
+    rows = [["variant", "tokens/s", "speed-up", *over_hf, "without prefill", "first token, ms",
              "accepted per round", "same text as target"]]
     shown = lambda x, form: "–" if x is None else form.format(x)
     for v in real["variants"]:
         rows.append([v["variant"], f"{v['tokens_per_sec']:.1f}", f"{v['speed_up']:.2f}x",
+                     *(f"{v['speed_up_over_hf']:.2f}x" for _ in over_hf),
                      shown(v["tokens_per_sec_of_rounds"], "{:.1f}"),
                      shown(v["first_token_ms"], "{:.1f}"), shown(v["mean_accepted"], "{:.2f}"),
                      f"{v['same_tokens_as_target']}/{real['prompts']}"])

@@ -1,5 +1,5 @@
-"""Real acceptance on real prompts, for benchmark.py: every rule, drafter and K, and Hugging Face's
-generate, in turns.
+"""Real acceptance on real prompts, for benchmark.py: every rule, drafter and K, and Hugging
+Face's forward, in turns.
 """
 import time
 from statistics import mean, median
@@ -71,18 +71,23 @@ def measure_real(args, target: Transformer, draft: Transformer, head: JudgeHead 
     if args.peer:
         from evaluation import hf_peer  # needs transformers
         theirs = hf_peer.calls(target, draft, [args.target.config, args.draft.config],
-                               args.speculate_k, args.max_new_tokens, eos_ids)
-        calls |= {name: lambda prompt, f=f: Run(f(prompt)) for name, f in theirs.items()}
+                               args.speculate_k, args.max_new_tokens, eos_ids,
+                               args.rules, head)
+        calls |= {name: lambda prompt, f=f: Run(*f(prompt)) for name, f in theirs.items()}
     rows = in_turns(calls, prompts, args.device)
     return {"label": "real acceptance", "prompts": len(prompts),
             "max_new_tokens": args.max_new_tokens,
-            "variants": [variant(name, row, rows["target"]) for name, row in rows.items()]}
+            "variants": [variant(name, row, rows["target"], rows.get("hf target"))
+                         for name, row in rows.items()]}
 
 
-def variant(name: str, row: list[tuple[float, Run]], base: list[tuple[float, Run]]) -> dict:
-    """The medians of a variant's turns, beside the target's on the same prompts, `base`."""
-    speeds, of_target = ([len(run.tokens) / seconds for seconds, run in rows]
-                         for rows in (row, base))
+def variant(name: str, row: list[tuple[float, Run]], base: list[tuple[float, Run]],
+            hf: list[tuple[float, Run]] | None = None) -> dict:
+    """The medians of a variant's turns, beside those of the target on the same prompts: ours,
+    `base`, and Hugging Face's.
+    """
+    speeds, of_target, of_hf = ([len(run.tokens) / seconds for seconds, run in rows or ()]
+                                for rows in (row, base, hf))
     texts = [run.tokens for _, run in row]
 
     def of_all(key, average=median):
@@ -91,6 +96,7 @@ def variant(name: str, row: list[tuple[float, Run]], base: list[tuple[float, Run
 
     return {"variant": name, "tokens_per_sec": median(speeds),
             "speed_up": median(a / b for a, b in zip(speeds, of_target)),
+            "speed_up_over_hf": median(a / b for a, b in zip(speeds, of_hf)) if hf else None,
             "mean_accepted": of_all("mean_accepted", mean),
             "tokens_per_sec_of_rounds": of_all("tokens_per_sec_of_rounds"),
             "first_token_ms": of_all("first_token_ms"),

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from common import UserError, json_lines
 from evaluation.intervals import of_ratio
 from evaluation.report import table
-from judge import RULES, Verified, accept_mask, inside_after, top1
+from judge import RULES, Verified, accept_mask, top1
 from load import Loaded, parse_rule, span_ids
+from rules import within
 
 TEXTS = "text", "reference", "response"  # keys under which a line may have its text
 
@@ -74,14 +75,6 @@ def read_once(model, ids: list[int], n: int):
     hidden = model.features(torch.tensor([ids], device=device),
                             torch.arange(len(ids), device=device), model.new_cache(len(ids)))[0]
     return model.output(hidden[n - 1:-1]), hidden[n:]
-
-
-def within(span: tuple[int, int] | None, prompt: list[int], text: Tensor) -> Tensor:
-    """bool [M]: the tokens of text [M] between the two ids of `span`; all, where there is none."""
-    if not span:
-        return torch.ones_like(text, dtype=torch.bool)
-    after = inside_after(text.new_zeros(1), torch.cat((text.new_tensor(prompt), text)), span)
-    return after[len(prompt):-1].bool() & (text != span[1])
 
 
 def mask_in(v: Verified, inside: Tensor, name: str, parameter, part: slice) -> list[bool]:

@@ -192,7 +192,7 @@ def test_the_peer_runs_without_cudnns_attention(monkeypatch):
     """cuDNN plans for each length, and the peer's cache grows by a token a pass."""
     seen, enabled = [], torch.backends.cuda.cudnn_sdp_enabled
     models = random_model(CONFIG), random_model(SMALL)
-    calls = hf_peer.calls(*models, [CONFIG, SMALL], [2], 4, ())
+    calls = hf_peer.calls(*models, [CONFIG, SMALL], [2], 4, (), {"topk:3": ("topk", 3.0)})
     forward = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **more: (
         seen.append(enabled()), forward(*a, **more))[1])
@@ -201,7 +201,7 @@ def test_the_peer_runs_without_cudnns_attention(monkeypatch):
         for setting in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(setting)
             for call in calls.values():
-                assert len(call([5, 6, 7])) == 4
+                assert len(call([5, 6, 7])[0]) == 4
                 assert enabled() == setting
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
@@ -299,15 +299,19 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
     caches = {m: m.new_cache(256) for m in models}
     measure = lambda eos_ids: R.measure_real(args, *models, yes, caches, prompts, eos_ids)
     r = {v["variant"]: v for v in measure(())["variants"]}
-    assert list(r) == ["target", "standard K=1", "judge K=1", "standard K=5", "judge K=5",
-                       "hf target", "hf assisted K=1", "hf assisted K=5"]
+    ours = ["standard K=1", "judge K=1", "standard K=5", "judge K=5"]
+    assert list(r) == ["target", *ours, "hf target", "hf assisted K=1", "hf assisted K=5",
+                       *(f"hf {name}" for name in ours)]
+    for name in ours:
+        assert r[name]["mean_accepted"] == r[f"hf {name}"]["mean_accepted"] and r[name][
+            "tokens"] == r[f"hf {name}"]["tokens"]
     want = [generate(Engine(models[0]), p, 24).tokens for p in prompts]
     for name, v in r.items():
         assert v["tokens_per_sec"] > 0 and v["speed_up"] > 0 and [len(t) for t in v["tokens"]] == [
             24, 24]
         assert "judge" in name or (v["tokens"] == want and v["same_tokens_as_target"] == 2), name
-    assert r["target"]["speed_up"] == 1 and r["target"]["mean_accepted"] is None and r["judge K=5"][
-        "mean_accepted"] > 4
+    assert r["target"]["speed_up"] == r["hf target"]["speed_up_over_hf"] == 1
+    assert r["target"]["mean_accepted"] is None and r["judge K=5"]["mean_accepted"] > 4
     end = want[0][10]
     short = [w[:w.index(end) + 1] if end in w else w for w in want]
     for v in measure((end,))["variants"]:
@@ -325,15 +329,17 @@ def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
         m.norm.weight.dtype for m in built] == [torch.float32, torch.bfloat16]
     assert r["draft"]["bytes"] == 2 * r["draft"]["parameters"]
     variants = {v["variant"]: v for v in r["real"]["variants"]}
-    assert list(variants) == ["target", "standard K=3", "judge K=3", "hf target", "hf assisted K=3"]
+    assert list(variants) == ["target", "standard K=3", "judge K=3", "hf target", "hf assisted K=3",
+                              "hf standard K=3", "hf judge K=3"]
     assert all(v["same_tokens_as_target"] == 1 for name, v in variants.items()
                if "judge" not in name)
-    assert [v["first_token_ms"] is None for v in variants.values()] == [False] * 3 + [True] * 2
+    assert [v["first_token_ms"] is None for v in variants.values()] == [False] * 3 + [True] * 4
     for v in r["real"]["variants"][:3]:  # less than the whole text took
         assert 0 < v["first_token_ms"] < 1e3 * len(v["tokens"][0]) / v["tokens_per_sec"]
     assert r["target"]["weights"] == "real"
     text = capsys.readouterr().out
     assert "real acceptance, 1 prompts" in text and "simulated acceptance" in text
+    assert "over hf target" in text
 
 
 @pytest.mark.parametrize("flags, message", [

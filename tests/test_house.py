@@ -48,7 +48,7 @@ def test_the_core_is_short_and_knows_no_more_than_it_needs():
     assert imports("common") == set() and imports("judge") == {"common", "rules"}
     assert imports("rules") == set()
     assert imports("model") <= {"common", "linear"}
-    assert imports("engine") == {"common", "judge", "model"}
+    assert imports("engine") == {"common", "judge", "model", "rules"}
 
 
 def test_the_top_level_can_be_seen_at_a_glance():

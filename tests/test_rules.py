@@ -14,9 +14,9 @@ import rules
 from common import UserError
 from drafters.tree import Tree
 from engine import Engine, Settings, State, decide, generate, unpack
-from evaluation.replay import within
-from judge import RULES, Verified, accept_mask, inside_after
+from judge import RULES, Verified, accept_mask
 from load import engine_rule, parse_rule, rule_list, span_ids, spell_rule
+from rules import inside_after, within
 from test_generate import alone, chi_square, greedy, make, models, short_spans, tokens  # noqa: F401
 from test_trees import Scripted, path_to, random_parents
 
