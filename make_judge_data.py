@@ -16,7 +16,6 @@ by hand. Batch size 1; under torchrun the ranks share each model.
 """
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 from collections import Counter
@@ -49,7 +48,7 @@ from common import (
 from drafters.llama import LlamaDrafter
 from engine import Engine, generate
 from evaluation.tasks import TASKS, missing
-from formats.answer_log import AnswerLog, saved_settings
+from formats.answer_log import AnswerLog, saved_settings, seed_of
 from judge import COLDEST
 from judge_data import mining
 from judge_data.data import label_tokens, read_data, split
@@ -66,6 +65,7 @@ from ranks import job
 from ranks.memory import check_memory, reserved
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
+GRADED = [name for name, task in TASKS.items() if task.graded]
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
 ANSWER = needed(dict(prompt=TEXT, answer=TEXT, source_model=TEXT, chat=FLAG, ended=FLAG,
                      max_new_tokens=whole(1))) | dict(task=TEXT, right=FLAG, example=OBJECT)
@@ -96,14 +96,15 @@ def read_prompts(args) -> list[dict]:
 
     The first line tells the format.
     """
-    lines = json_lines(args.prompts, holding="examples")
-    name = args.task or next((name for name, task in TASKS.items()
-                              if not missing(task, lines[0].value)), None)
+    lines = () if args.task else json_lines(args.prompts, holding="examples")
+    name = args.task or next((name for name in GRADED if not missing(TASKS[name], lines[0].value)),
+                             None)
     if name:
         task = TASKS[name](allow_code_execution=args.allow_code_execution)
+        task.check()
         ask = task.chat if args.chat else task.prompt
-        prompts = [{"where": line.where, "task": name, "example": e, "text": ask(e)}
-                   for line, e in zip(lines, task.load(args.prompts))]
+        prompts = [{"where": f"{args.prompts}, {e['id']}", "task": name, "example": e,
+                    "text": ask(e)} for e in task.load(args.prompts)]
     else:
         prompts = [plain(line) for line in lines]
     counts, kept = Counter(), []
@@ -129,7 +130,7 @@ def plain(line: Line) -> dict:
         text = "\n\n".join(filter(None, (instruction, more)))
     if not isinstance(text, str) or not text:
         raise UserError(f'{line.where}: no prompt in it; a line has "prompt", "turns" or '
-                        f'"instruction", or is one of {", ".join(TASKS)}')
+                        f'"instruction", or is one of {", ".join(GRADED)}')
     domain = str(value.get("domain") or value.get("category") or kind)
     return {"where": line.where, "task": None, "text": text,
             "example": {"id": f"line {line.number}", "domain": domain}}
@@ -241,10 +242,6 @@ def room(args, prompt: dict) -> int:
     """Tokens that an answer may have."""
     default = TASKS[prompt["task"]].max_new_tokens if prompt["task"] else MAX_NEW_TOKENS
     return args.max_new_tokens or default
-
-
-def seed_of(*parts) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 # ---------------------------------------------------------------- mine
@@ -381,7 +378,7 @@ def mine(args):
     with_checker = [line for line in lines if line["task"]]
     refuse(
         (not with_checker, f"{args.data} has no answers of a task with a checker "
-         f"({', '.join(TASKS)}); such answers have to be marked by hand"),
+         f"({', '.join(GRADED)}); such answers have to be marked by hand"),
         (not args.allow_code_execution and any(a["task"] == "humaneval" for a in with_checker),
          f"{args.data} has answers of humaneval, which runs what the models write: read what "
          "evaluation/sandbox.py protects from, then give --allow_code_execution"))
@@ -491,14 +488,14 @@ def parse_args(argv=None):
     commands = p.add_subparsers(dest="command", required=True)
     g = commands.add_parser("generate", help="answers of several models")
     g.add_argument("--prompts", type=Path, required=True,
-                   help=f'JSON Lines, also gzipped: {", ".join(TASKS)}, Alpaca, or {{"prompt"}}')
+                   help=f'JSON Lines, also gzipped: {", ".join(GRADED)}, Alpaca, or {{"prompt"}}')
     g.add_argument("--models", type=Path, nargs="+", required=True, metavar="DIR",
                    help="checkpoint directories")
     g.add_argument("--out", type=Path, required=True)
     g.add_argument("--temperatures", default="0,0.7", help="list; 0 is greedy (default 0,0.7)")
     g.add_argument("--samples", type=int, default=1,
                    help="answers at each temperature above 0 (default 1)")
-    g.add_argument("--task", choices=TASKS,
+    g.add_argument("--task", choices=GRADED,
                    help="the prompts' benchmark (default: told by the first line)")
     g.add_argument("--limit", type=int, help="prompts of each domain; default all")
     g.add_argument("--max_new_tokens", type=int,

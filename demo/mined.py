@@ -68,6 +68,7 @@ def evaluate(head: Path, out: Path, args) -> dict:
     subprocess.run([sys.executable, ROOT / "eval.py", "--task", "demo", "--data",
                     HOME / "problems.jsonl", "--target", TARGET, "--draft", HOME / "draft",
                     "--judge", head, "--rules", "target,judge", "--limit", str(args.limit),
+                    "--speculate_k", "16",
                     "--processes", str(args.processes), "--device", "cpu", "--out", out],
                    check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "results.json").read_text())["rules"]

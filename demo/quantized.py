@@ -73,6 +73,7 @@ def main():
             run_script("eval.py", "--task", "demo", "--data", HOME / "problems.jsonl", "--target",
                        where, "--draft", HOME / "draft", "--judge", HOME / "judge.safetensors",
                        "--rules", "target,judge", "--limit", args.limit, "--processes", 2,
+                       "--speculate_k", 16,
                        "--device", "cpu", "--dtype", "bfloat16", "--out", Path(tmp) / "out")
             rules = json.loads((Path(tmp) / "out" / "results.json").read_text())["rules"]
         alone, judged = rules["target"], rules["judge"]

@@ -16,7 +16,7 @@ from judge import RULES
 from model import Transformer
 
 NAMES = "llama", "eagle", "eagle-tree", "ngram"
-CHAIN, LEVELS, TREE = 16, 8, "26"  # by default: K of a chain, levels of a dynamic tree, the tree
+CHAIN, LEVELS, TREE = 25, 8, "26"  # by default: K of a chain, levels of a dynamic tree, the tree
 NODES = 512  # tokens of a tree at most: its mask and its logits grow with them
 TREE_HELP = ("a tree of drafts of an EAGLE head: 4,2,1, the children of each node by depth; or 26, "
              f"the tokens of EAGLE-2's dynamic tree of {LEVELS} levels (26:5 of 5)")

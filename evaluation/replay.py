@@ -16,9 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, json_lines
+from evaluation.intervals import of_ratio
+from evaluation.report import table
 from judge import RULES, Verified, accept_mask, top1
 from load import Loaded, parse_rule, span_ids
 from rules import within
+
+TEXTS = "text", "reference", "response"  # keys under which a line may have its text
 
 
 def replay_rounds(mask_of, length: int, k: int) -> list[int]:
@@ -37,8 +41,9 @@ def replay_rounds(mask_of, length: int, k: int) -> list[int]:
 def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[str, str, str]]:
     """("FILE, line N", prompt, text) of a JSON Lines file; with `limit` the first of each domain.
 
-    Its lines have `prompt` and `text` (or `reference`), or GSM8K's `question` and `answer`. `gsm8k`
-    is the task that words those prompts; the calculator notes <<...>> are left out.
+    Its lines have `prompt` and `text` (or `reference`, or `response` as IFEval's), or GSM8K's
+    `question` and `answer`. `gsm8k` is the task that words those prompts; the calculator notes
+    <<...>> are left out.
     """
     texts, seen = [], Counter()
     for where, e, *_ in json_lines(path, holding="examples"):
@@ -48,12 +53,12 @@ def read_texts(path: Path, gsm8k, chat: bool, limit: int | None) -> list[tuple[s
                 text = re.sub("<<.*?>>", "", e["answer"])
                 text = text if chat or prompt[-1].isspace() else " " + text
             else:
-                prompt, text = e["prompt"], e["text"] if "text" in e else e["reference"]
+                prompt, text = e["prompt"], e[next(key for key in TEXTS if key in e)]
             if not (isinstance(prompt, str) and isinstance(text, str) and prompt and text):
                 raise TypeError
-        except (KeyError, TypeError):
-            raise UserError(f'{where}: no "prompt" and "text" (or "reference"), nor "question" '
-                            'and "answer"') from None
+        except (KeyError, StopIteration, TypeError):
+            raise UserError(f'{where}: no "prompt" and "text" (or "reference" or "response"), nor '
+                            '"question" and "answer"') from None
         domain = str(e.get("domain", e.get("task")))
         seen[domain] += 1
         if limit is None or seen[domain] <= limit:
@@ -81,7 +86,8 @@ def mask_in(v: Verified, inside: Tensor, name: str, parameter, part: slice) -> l
 @torch.inference_mode()
 def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules: list[str],
            k: int) -> dict:
-    """rule -> {mean_accepted, rejected (share of all tokens), rounds}.
+    """How many texts and tokens, K, and rules: rule -> {mean_accepted, its 95% interval, rejected
+    (share of all tokens), rounds}.
 
     texts: ("FILE, line N", prompt's ids, text's ids).
     """
@@ -108,9 +114,24 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
             mask_of = partial(mask_in, v, within(span, before, drafted), name, parameter)
             mask = mask_of(slice(None))
             # A rule that looks at the tokens that follow sees no further than the round's drafts.
-            rounds[rule] += replay_rounds(
-                mask_of if RULES[name].needs_chain else mask.__getitem__, len(mask), k)
+            rounds[rule].append(replay_rounds(
+                mask_of if RULES[name].needs_chain else mask.__getitem__, len(mask), k))
             rejected[rule] += mask.count(False)
     total = sum(len(after) for *_, after in texts)
-    return {rule: {"mean_accepted": sum(r) / len(r), "rejected": rejected[rule] / total,
-                   "rounds": len(r)} for rule, r in rounds.items()}
+    found = {}
+    for rule, of_texts in rounds.items():
+        parts = [(sum(accepted), len(accepted)) for accepted in of_texts]
+        accepted, n = map(sum, zip(*parts))
+        found[rule] = {"mean_accepted": accepted / n, "interval": of_ratio(parts),
+                       "rejected": rejected[rule] / total, "rounds": n}
+    return {"texts": len(texts), "tokens": total, "speculate_k": k, "rules": found}
+
+
+def shown(results: dict, target: str) -> str:
+    """replay.md, of one file."""
+    interval = lambda i: "–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}"
+    rows = [["rule", "accepted per round", "95% interval", "tokens rejected"], *(
+        [rule, f"{m['mean_accepted']:.2f}", interval(m["interval"]), f"{m['rejected']:.1%}"]
+        for rule, m in results["rules"].items())]
+    return (f"{results['file']}: {results['texts']} texts, {results['tokens']} tokens, as drafts "
+            f"for {target}, K = {results['speculate_k']}, greedy\n\n{table(rows)}\n")

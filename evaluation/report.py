@@ -1,23 +1,27 @@
 """What eval.py shows of saved answers: rates with intervals, tables, the picture. No model.
 
-An answer is a dict with rule, id, domain, right, how, tokens, seconds, rounds and accepted. Its
-rule names a row of the tables: a rule with the Llama draft, or RULE/DRAFTER, as judge:0.9/eagle.
-Speed-up, won and lost are over the problems that both the rule and the target have answered.
-Intervals are Wilson's; the comparison is McNemar's exact test, two-sided. Neither says anything of
-problems unlike these.
+An answer is a dict with rule, id, domain, right, how, tokens, seconds, rounds and accepted, and
+where it was sampled its number. Its rule names a row of the tables: a rule with the Llama draft, or
+RULE/DRAFTER, as judge:0.9/eagle. Speed-up, won and lost are over the answers that both the rule and
+the target have. With several samples accuracy is the mean over problems of each one's share of
+right answers. Intervals and p-values are intervals.py's.
 """
 import itertools
 import math
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
 
 from common import replacing, visible
+from evaluation.intervals import mcnemar, of_problems, pass_at, sign_flip
 
 PLAIN = ("target", "draft")  # rules without rounds of drafts
 COLORS = dict.fromkeys((*PLAIN, "standard"), "0.25") | {
-    "topk": "#e07b39", "typical": "#7a5ba6", "kl": "#3a9188", "judge": "#c2274b"}
+    "topk": "#e07b39", "typical": "#7a5ba6", "kl": "#3a9188", "judge": "#c2274b",
+    "relaxed": "#b8860b", "margin": "#5b7fd4", "fly": "#6b8e23", "thresholds": "#8c6d62"}
 PALETTE = ("#2f6db5", "#8f8122", "#c45fa0", "#4f9d3a", "#7a5230", "#2aa5c9")  # for any other rule
+SAMPLING = {"temperature": "temperature", "top_k": "top-k", "top_p": "top-p"}  # settings, in words
 MARKERS = {"target": "s", "draft": "D", "standard": "^"}
 OTHERS = {"eagle": "v", "eagle-tree": "P", "ngram": "X"}  # markers of drafters that are no Llama
 
@@ -29,28 +33,16 @@ def row_name(rule: str, drafter: str) -> str:
 
 def row_parts(row: str) -> tuple[str, str | None]:
     """(rule, drafter) of a row; None for the target alone and the draft alone."""
-    rule, _, drafter = row.partition("/")
-    return rule, None if rule in PLAIN else drafter or "llama"
+    rule, _, drafter = row.rpartition("/")
+    if drafter not in OTHERS:
+        rule, drafter = row, "llama"
+    return rule, None if rule in PLAIN else drafter
 
 
-def wilson(right: int, n: int, z=1.959963984540054) -> tuple[float, float]:
-    """The 95% interval of a share `right` of `n` (Wilson 1927).
-
-    Unlike the normal one it stays in [0, 1] and has a width at 0 and 1.
-    """
-    p, z2 = right / n, z * z
-    middle, half = p + z2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low, high = (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
-    return min(p, max(0.0, low)), max(p, min(1.0, high))  # p is inside, but for rounding
-
-
-def mcnemar(won: int, lost: int) -> float:
-    """Exact two-sided p-value of McNemar's test.
-
-    The probability that a fair coin splits the won + lost problems at least as unevenly as this.
-    """
-    n = won + lost
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(won, lost) + 1)) / 2**n)
+def rule_parts(rule: str) -> tuple[str, str]:
+    """(name, the rest) of a rule as it is written: relaxed and 10,0.6@think."""
+    name = re.match("[^:@]*", rule)[0]
+    return name, rule[len(name):].removeprefix(":")
 
 
 def speed(rows) -> float | None:
@@ -60,40 +52,77 @@ def speed(rows) -> float | None:
 
 
 def made(rows) -> int:
-    """Tokens that the rounds made: all but the first of each answer."""
-    return sum(len(r["tokens"]) - 1 for r in rows)
+    """Tokens that the rounds made: all but the first of each answer, or of each turn of it."""
+    return sum(len(r["tokens"]) - len(r.get("turns") or [0]) for r in rows)
+
+
+def accuracy(rows) -> dict:
+    """The numbers of right answers; None where the task is not graded. With several samples of a
+    problem also how many, and pass@k for k up to the fewest that a problem has.
+    """
+    n, right = Counter(r["id"] for r in rows), Counter()
+    found = {"n": len(rows), "right": None, "accuracy": None, "interval": None}
+    if len(n) < len(rows):
+        found |= {"problems": len(n), "samples": [min(n.values()), max(n.values())]}
+    if not graded(rows):
+        return found
+    for r in rows:
+        right[r["id"]] += r["right"]
+    shares = [right[i] / n[i] for i in n]
+    found |= {"right": right.total(), "accuracy": sum(shares) / len(shares),
+              "interval": of_problems(shares, len(rows))}
+    if "samples" in found:
+        ks = itertools.takewhile(lambda k: k <= min(n.values()), (2**i for i in itertools.count()))
+        found["pass_at"] = {k: sum(pass_at(k, right[i], n[i]) for i in n) / len(n) for k in ks}
+    return found
+
+
+def graded(rows) -> bool:
+    return any(r["right"] is not None for r in rows)
+
+
+def compare(rows: dict, target: dict) -> dict | None:
+    """The answers of a row beside the target's of the same problem and number: problems with more
+    of them right (won), with fewer (lost), and the p-value of no difference.
+    """
+    both = [key for key in rows if key in target]
+    if not both or not graded(rows.values()):
+        return None
+    more = Counter()
+    for key in both:
+        more[rows[key]["id"]] += rows[key]["right"] - target[key]["right"]
+    won, lost = sum(d > 0 for d in more.values()), sum(d < 0 for d in more.values())
+    p = mcnemar(won, lost) if len(more) == len(both) else sign_flip(list(more.values()))
+    return {"n": len(more), "won": won, "lost": lost, "p": p}
 
 
 def measure(row: str, rows: dict, target: dict) -> dict:
-    """The numbers of a row from its answers {id: answer} and the target's."""
-    every, both = list(rows.values()), [i for i in rows if i in target]
-    n, right, rounds = len(every), sum(r["right"] for r in every), sum(r["rounds"] for r in every)
-    fast, base = speed([rows[i] for i in both]), speed([target[i] for i in both])
+    """The numbers of a row from its answers {(id, sample): answer} and the target's."""
+    every, both = list(rows.values()), [key for key in rows if key in target]
+    rounds = sum(r["rounds"] for r in every)
+    fast, base = speed([rows[key] for key in both]), speed([target[key] for key in both])
     rule, drafter = row_parts(row)
     drafts = drafter is not None and rounds > 0
-    won = sum(rows[i]["right"] and not target[i]["right"] for i in both)
-    lost = sum(target[i]["right"] and not rows[i]["right"] for i in both)
     return {
-        "rule": rule, "drafter": drafter,
-        "n": n, "right": right, "accuracy": right / n, "interval": wilson(right, n),
+        "rule": rule, "drafter": drafter, **accuracy(every),
         "tokens_per_sec": speed(every),
         "speed_up": fast / base if fast and base else None,
         "mean_accepted": sum(r["accepted"] for r in every) / rounds if drafts else None,
         "tokens_per_round": made(every) / rounds if drafts else None,
-        "against_target": None if rule == "target" or not both else {
-            "n": len(both), "won": won, "lost": lost, "p": mcnemar(won, lost)},
-        "how": {how: {"n": count, "right": sum(r["right"] for r in every if r["how"] == how)}
+        "against_target": None if rule == "target" else compare(rows, target),
+        "how": {how: {"n": count, "right": sum(bool(r["right"]) for r in every if r["how"] == how)}
                 for how, count in Counter(r["how"] for r in every).items()},
     }
 
 
-def summarise(answers: dict, settings: dict) -> dict:
-    """results.json, from answers {(rule, id): answer}.
+def summarise(answers: dict, settings: dict, note: str | None = None, left_out=()) -> dict:
+    """results.json, from answers {(rule, id, sample): answer}.
 
     The numbers of every rule with every drafter, in all and by domain, and whether standard gave
-    the target's tokens.
+    the target's tokens, as it must at temperature 0. note: the task's; left_out: ids of problems.
     """
-    by = {rule: {i: a for (r, i), a in answers.items() if r == rule} for rule in settings["rules"]}
+    by = {rule: {key: a for (r, *key), a in answers.items() if r == rule for key in [tuple(key)]}
+          for rule in settings["rules"]}
     by = {rule: rows for rule, rows in by.items() if rows}
     inside = lambda rows, domain: {i: a for i, a in rows.items() if a["domain"] == domain}
     target = by.get("target", {})
@@ -101,12 +130,13 @@ def summarise(answers: dict, settings: dict) -> dict:
     for d in dict.fromkeys(a["domain"] for a in answers.values()):
         parts = {rule: part for rule, rows in by.items() if (part := inside(rows, d))}
         domains[d] = {rule: measure(rule, part, inside(target, d)) for rule, part in parts.items()}
-    standard = [row for row in by if row_parts(row)[0] == "standard"]
-    both = [(row, i) for row in standard for i in by[row] if i in target]
-    different = [i if row == "standard" else f"{i} ({row_parts(row)[1]})"
-                 for row, i in both if by[row][i]["tokens"] != target[i]["tokens"]]
+    standard = [row for row in by if row_parts(row)[0] == "standard" and not sampled(settings)]
+    both = [(row, key) for row in standard for key in by[row] if key in target]
+    different = [key[0] if row == "standard" else f"{key[0]} ({row_parts(row)[1]})"
+                 for row, key in both if by[row][key]["tokens"] != target[key]["tokens"]]
+    told = {"note": note, "left_out": list(left_out)} if note or left_out else {}
     return {
-        "settings": settings,
+        "settings": settings, **told,
         "rules": {rule: measure(rule, rows, target) for rule, rows in by.items()},
         "domains": domains,
         "standard_equals_target": {"same": len(both) - len(different), "of": len(both),
@@ -129,6 +159,10 @@ def shown(value, form) -> str:
     return "–" if value is None else form.format(value)
 
 
+def sampled(settings: dict) -> bool:
+    return bool(settings.get("temperature"))
+
+
 def main_table(rules: dict) -> str:
     """A line for each row of results.json; of which drafter, where not all are the Llama draft."""
     several = any(m["drafter"] not in (None, "llama") for m in rules.values())
@@ -137,8 +171,8 @@ def main_table(rules: dict) -> str:
              "accepted per round", "tokens per round"]]
     for m in rules.values():
         rows.append([*first(m["rule"], m["drafter"]),
-                     f"{m['right']}/{m['n']}", f"{m['accuracy']:.1%}",
-                     "{:.1%} to {:.1%}".format(*m["interval"]),
+                     shown(m["right"], f"{{}}/{m['n']}"), shown(m["accuracy"], "{:.1%}"),
+                     shown(m["interval"], "{0[0]:.1%} to {0[1]:.1%}"),
                      shown(m["tokens_per_sec"], "{:.0f}"),
                      shown(m["speed_up"], "{:.2f}x"), shown(m["mean_accepted"], "{:.2f}"),
                      shown(m["tokens_per_round"], "{:.2f}")])
@@ -150,6 +184,9 @@ def verdict(r: dict) -> str | None:
 
     At temperature 0 it must, but for rounding.
     """
+    if sampled(r["settings"]) and any(m["rule"] == "standard" for m in r["rules"].values()):
+        return ("Sampled: standard has the target's distribution, not its tokens, so their texts "
+                "are not compared.")
     if not (s := r["standard_equals_target"]):
         return None
     drafters = [m["drafter"] for m in r["rules"].values() if m["rule"] == "standard"]
@@ -168,22 +205,50 @@ def models(s: dict) -> str:
     return " with ".join(filter(None, (s["target_name"], drafts)))
 
 
+def setup(r: dict) -> str:
+    """How the answers were made, in a line."""
+    s = r["settings"]
+    several = [m["samples"] for m in r["rules"].values() if "samples" in m]
+    low, high = min(map(min, several), default=1), max(map(max, several), default=1)
+    drawn = ", ".join([*(f"{name} {s[key]}" for key, name in SAMPLING.items() if s.get(key)),
+                       f"seed {s.get('seed', 0)}", "samples of a problem: " + (
+                           f"{low}" if low == high else f"{low} to {high}")])
+    return ", ".join(filter(None, [
+        f"{s['task']}: {models(s)}", f"K = {s['speculate_k']}",
+        s.get("tree") and f"tree {s['tree']}",
+        drawn if sampled(s) else "greedy",
+        s.get("max_new_tokens") and f"at most {s['max_new_tokens']} new tokens", s["dtype"],
+        "compiled" if s["compile"] else "eager", s["chat"] and "chat template", s["device"],
+        f"{s['ranks']} ranks" if s.get("ranks") else f"processes: {s['processes']}"]))
+
+
+def pass_table(rules: dict) -> str | None:
+    """pass@k of each row that has several samples of every problem."""
+    several = {row: m["pass_at"] for row, m in rules.items() if len(m.get("pass_at", ())) > 1}
+    if not several:
+        return None
+    ks = max(several.values(), key=len)
+    rows = [["rule", *(f"pass@{k}" for k in ks)], *(
+        [row, *(shown(found.get(k), "{:.1%}") for k in ks)] for row, found in several.items())]
+    return f"At least one of k answers is right (the unbiased estimate):\n\n{table(rows)}"
+
+
 def markdown(r: dict) -> str:
     """results.md, and what is printed."""
-    s, rules = r["settings"], r["rules"]
-    tree = f", tree {s['tree']}" if s.get("tree") else ""
-    chat, mode = ", chat template" if s["chat"] else "", "compiled" if s["compile"] else "eager"
-    parts = [f"{s['task']}: {models(s)}, K = {s['speculate_k']}{tree}, greedy, {s['dtype']}, {mode}"
-             f"{chat}, {s['device']}, " + (f"{s['ranks']} ranks" if s.get("ranks") else
-                                   f"processes: {s['processes']}"), main_table(rules)]
+    rules = r["rules"]
+    parts = [setup(r), main_table(rules), r.get("note")]
     if len({m["n"] for m in rules.values()}) > 1:
         parts.append("Not every rule has answered every problem: speed-up and the comparison are "
                      "over those that rule and target share.")
+    parts.append(pass_table(rules))
     if len(r["domains"]) > 1:
         parts += [f"{domain}:\n\n{main_table(part)}" for domain, part in r["domains"].items()]
     if paired := {rule: m["against_target"] for rule, m in rules.items() if m["against_target"]}:
-        parts.append("Against the target, problem by problem: right where it is wrong (won), "
-                     "wrong where it is right (lost), McNemar's exact p-value.")
+        several = any("samples" in m for m in rules.values())
+        parts.append("Against the target, problem by problem: " + (
+            "more samples right than it has (won), fewer (lost), p-value of the exact sign-flip "
+            "permutation test." if several else "right where it is wrong (won), wrong where it is "
+            "right (lost), McNemar's exact p-value."))
         parts.append(table([["rule", "won", "lost", "p"], *(
             [rule, str(m["won"]), str(m["lost"]), f"{m['p']:.3g}"] for rule, m in paired.items())]))
     hows = sorted({how for m in rules.values() for how in m["how"]})
@@ -223,15 +288,18 @@ def plot(r: dict, path: Path) -> str | None:
     except ImportError:
         return (f"no {path.name}: it needs matplotlib; pip install matplotlib, then --rescore "
                 "draws it")
-    points = {rule: m for rule, m in r["rules"].items() if m["speed_up"]}
+    points = {rule: m for rule, m in r["rules"].items()
+              if m["speed_up"] and m["accuracy"] is not None}
     if not points:
-        return f"no {path.name}: speed-up needs the rule target"
+        return f"no {path.name}: " + (
+            "speed-up needs the rule target" if graded(r["rules"].values())
+            else f"{r['settings']['task']} is not graded here")
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, ax = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     xs, ys = zip(*front([(m["speed_up"], m["accuracy"]) for m in points.values()]))
     ax.plot(xs, ys, "o-", color="0.86", lw=7, ms=17, zorder=1, label="Pareto front")
-    name = lambda m: m["rule"].partition(":")[0]
+    name = lambda m: rule_parts(m["rule"])[0]
     color = colors(map(name, points.values()))
     for family, drafter in dict.fromkeys((name(m), m["drafter"]) for m in points.values()):
         curve = sorted((m["speed_up"], m["accuracy"], *m["interval"], m["rule"])
@@ -242,7 +310,7 @@ def plot(r: dict, path: Path) -> str | None:
                     color=color[family], lw=1.8, elinewidth=0.8, zorder=2,
                     label=row_name(family, drafter or "llama"))
         for at, rule in zip(zip(x, y), rules):
-            parameter = rule.partition(":")[2] or ("default" if len(curve) > 1 else "")
+            parameter = rule_parts(rule)[1] or ("default" if len(curve) > 1 else "")
             ax.annotate(parameter, at, xytext=(6, 5), textcoords="offset points", fontsize=8.5,
                         color=color[family])
     ax.set_xlabel("speed-up over the target alone")

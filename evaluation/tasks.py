@@ -1,16 +1,13 @@
 """The benchmarks of eval.py: how a problem is asked, where an answer ends, whether it is right.
 
 A task has `load(path, limit)`, which gives examples (dicts, each with a unique "id" and a
-"domain"), `prompt(example)` for base checkpoints (with few-shot examples of our own),
-`chat(example)` for checkpoints with a chat template, and `score(example, completion)`, which also
-says what the answer was read from, so that fallbacks can be counted apart. Files are those that the
-benchmarks' authors publish, also gzipped. Answers are compared as texts and numbers; only HumanEval
-runs code, in sandbox.py.
+"domain"), `prompt(example)` for base checkpoints, `chat(example)` for checkpoints with a chat
+template, and `score(example, completion)`, which also says what the answer was read from, so that
+fallbacks can be counted apart. Prompts are lm-evaluation-harness's (its name in the class's
+docstring) but for the few-shot examples of GSM8K and ARC, which are our own. Files are those that
+the benchmarks' authors publish, also gzipped. Only HumanEval runs code, in sandbox.py.
 """
-from collections import Counter
-from typing import NamedTuple
-
-from common import UserError, json_lines
+from common import UserError
 from demo.check import is_right
 from evaluation.answers import (
     LETTERS,
@@ -20,77 +17,22 @@ from evaluation.answers import (
     read_program,
     reference,
 )
+from evaluation.ifeval import IFEval
+from evaluation.mathematics import Aime24, Math500
+from evaluation.mmlu import Mmlu
+from evaluation.mt_bench import MTBench
 from evaluation.sandbox import run_python
+from evaluation.task import TASKS, Score, Task, missing
 
-
-class Score(NamedTuple):
-    right: bool
-    how: str  # what the answer was read from, or how the check ended
-
-
-class Task:
-    """What the benchmarks share. `fields`: (path of keys, type) that each line must have."""
-    name, fields, stop, max_new_tokens = "", (), (), 512
-
-    def __init__(self, allow_code_execution=False):
-        pass
-
-    def load(self, path, limit: int | None = None) -> list[dict]:
-        """The examples, the first `limit` of each domain.
-
-        Raises UserError for a file that is not this benchmark's.
-        """
-        lines = json_lines(path, holding="examples")
-        others = [name for name, task in TASKS.items() if not missing(task, lines[0].value)]
-        if missing(type(self), lines[0].value) and others:
-            raise UserError(f"{path} is a file of {others[0]}, not of {self.name}; give --task "
-                            f"{others[0]} or another file")
-        counts, kept, seen = Counter(), [], {}
-        for i, line in enumerate(lines):
-            if field := missing(type(self), line.value):
-                raise UserError(f"{line.where}: {field} is missing or not what {self.name} has "
-                                "there")
-            e = line.value | {"id": self.id(i, line.value), "domain": self.domain(line.value)}
-            if not isinstance(e["id"], str):
-                raise UserError(f"{line.where}: its id is not a string")
-            counts[e["domain"]] += 1
-            if limit is None or counts[e["domain"]] <= limit:
-                if problem := self.problem(e):
-                    raise UserError(f"{line.where}: {problem}")
-                if (first := seen.setdefault(e["id"], line.number)) != line.number:
-                    raise UserError(f"{line.where}: its id {e['id']!r} is also that of line "
-                                    f"{first}; each must be another")
-                kept.append(e)
-        return kept
-
-    def problem(self, example: dict) -> str | None:
-        """Why an example that has all `fields` cannot be used, or None."""
-        return None
-
-    def id(self, i: int, line: dict) -> str:
-        return f"{self.name}/{i}"
-
-    def domain(self, line: dict) -> str:
-        return self.name
-
-
-def missing(task, line: dict) -> str | None:
-    """The first field of `task` that a line lacks, in quotes, or None."""
-    for path, kind in task.fields:
-        value = line
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or value == "" or value == []:
-            return repr(path)
-    return None
-
+__all__ = "TASKS", "Score", "Task", "missing"
 
 # ---------------------------------------------------------------- GSM8K
 
 class Gsm8k(Task):
     """Grade-school maths (Cobbe et al., arXiv 2110.14168).
 
-    Right if the number after `#### ` is the reference's.
+    Prompts as the harness's gsm8k, for chat as its gsm8k_cot_llama without examples. Right if the
+    number after `#### `, or else the one named as the answer, is the reference's.
     """
     name, fields, stop = "gsm8k", (("question", str), ("answer", str)), ("\nQuestion:", "\n\n\n")
     EXAMPLES = (
@@ -127,8 +69,9 @@ class Gsm8k(Task):
         return f"{shots}Question: {example['question']}\nAnswer:"
 
     def chat(self, example) -> str:
-        return (f"{example['question']}\n\nSolve this step by step. End with a line of the form\n"
-                "#### N\nwhere N is the answer as a number alone.")
+        return ("Given the following problem, reason and give a final answer to the problem.\n"
+                f"Problem: {example['question']}\nYour response should end with \"The final answer "
+                "is [answer]\" where [answer] is the response to the problem.\n")
 
     def score(self, example, completion: str) -> Score:
         value, how = read_number(completion)
@@ -140,14 +83,16 @@ class Gsm8k(Task):
 class HumanEval(Task):
     """Python functions (Chen et al., arXiv 2107.03374).
 
-    Right if the file's own tests pass: pass@1, since decoding is greedy.
+    Prompts as the harness's humaneval, for chat as its humaneval_instruct without the beginning of
+    the answer. Right if the file's own tests pass.
     """
     name = "humaneval"
     fields = ("task_id", str), ("prompt", str), ("entry_point", str), ("test", str)
-    stop = "\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@", "\n```"
+    stop, max_new_tokens = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n@", "\n```"), 1024
     TIMEOUT = 10.0  # seconds
 
     def __init__(self, allow_code_execution=False):
+        super().__init__()
         self.allowed = allow_code_execution
 
     def load(self, path, limit=None):
@@ -169,8 +114,8 @@ class HumanEval(Task):
         return example["prompt"]
 
     def chat(self, example) -> str:
-        return ("Complete this Python function. Answer with the whole function, imports included, "
-                f"in one code block.\n\n```python\n{example['prompt'].strip()}\n```")
+        return ("Write a solution to the following problem and make sure that it passes the "
+                f"tests:\n```python\n{example['prompt']}\n```\n")
 
     def score(self, example, completion: str) -> Score:
         if not self.allowed:
@@ -189,7 +134,8 @@ class HumanEval(Task):
 class Arc(Task):
     """ARC-Challenge (Clark et al., arXiv 1803.05457): multiple choice.
 
-    Choices get letters here; some questions number theirs.
+    Choices get letters here; some questions number theirs. Chat prompts as the harness's
+    arc_challenge_llama, without the beginning of the answer; it takes questions of four choices.
     """
     name, stop, max_new_tokens = "arc", ("\nQuestion:", "\n\n"), 384
     fields = ("question.stem", str), ("question.choices", list), ("answerKey", str)
@@ -232,8 +178,15 @@ class Arc(Task):
         return f"{shots}Question: {self.asked(example)}\nAnswer:"
 
     def chat(self, example) -> str:
-        return (f"{self.asked(example)}\n\nExplain in a sentence or two, then end with a line of "
-                "the form\nThe answer is X.\nwhere X is the letter.")
+        question = example["question"]
+        texts = [c["text"] for c in question["choices"]]
+        count = ("two", "three", "four", "five")[len(texts) - 2]
+        first, last = ", ".join(LETTERS[:len(texts) - 1]), LETTERS[len(texts) - 1]
+        choices = "".join(map("{}. {}\n".format, LETTERS, texts))
+        return (f"Given the following question and {count} candidate answers ({first} and {last}), "
+                f"choose the best answer.\nQuestion: {question['stem']}\n{choices}"
+                "Your response should end with \"The best answer is [the_answer_letter]\" where "
+                f"the [the_answer_letter] is one of {first} or {last}.")
 
     def score(self, example, completion: str) -> Score:
         choices = example["question"]["choices"]
@@ -275,4 +228,5 @@ class Demo(Task):
         return Score(right, "exact")
 
 
-TASKS = {task.name: task for task in (Gsm8k, HumanEval, Arc, Demo)}
+TASKS.update((task.name, task) for task in (
+    Gsm8k, HumanEval, Arc, Math500, Aime24, Mmlu, IFEval, MTBench, Demo))

@@ -1,6 +1,7 @@
 """The answers of a run that any kill may end: a JSON Lines file of our own, and the settings it was
 made with beside it.
 """
+import hashlib
 import json
 import os
 import stat
@@ -135,12 +136,19 @@ class AnswerLog:
             path.unlink(missing_ok=True)
 
 
+def seed_of(*parts) -> int:
+    """A seed from what names an answer, so that the order in which answers are made, and a kill
+    between them, changes none.
+    """
+    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")
+
+
 def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(),
-                   kinds=()) -> dict:
+                   kinds=(), defaults=None) -> dict:
     """The settings that the log `answers` was made with, or {} if there is none yet.
 
     Raises UserError naming each that is another in `now`; keys in `ignored` are not compared, those
-    in `optional` only where both sides have a value.
+    in `optional` only where both sides have a value. A file without a key of `defaults` means that.
     """
     if not os.path.exists(about):
         if os.path.exists(answers) and os.path.getsize(answers):
@@ -148,9 +156,10 @@ def saved_settings(about: Path, answers: Path, now: dict, ignored=(), optional=(
                             "unknown; take another --out")
         return {}
     saved = read_json(about, kinds)
-    unknown = {k for k in optional if None in (saved.get(k), now.get(k))}
-    changed = [f"{key} was {saved.get(key)}, now {value}" for key, value in now.items()
-               if key not in ignored and key not in unknown and saved.get(key) != value]
+    was = (defaults or {}) | saved
+    unknown = {k for k in optional if None in (was.get(k), now.get(k))}
+    changed = [f"{key} was {was.get(key)}, now {value}" for key, value in now.items()
+               if key not in ignored and key not in unknown and was.get(key) != value]
     if changed:
         raise UserError(f"{answers} was made with other settings: {'; '.join(changed)}. Take "
                         "another --out, or remove this one")

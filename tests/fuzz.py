@@ -210,10 +210,12 @@ BASES = [
     *(Base(f"eval.py --task {task} --data {task}.jsonl --target target --draft draft --judge "
            f"judge.safetensors --rules {rules} --out new --limit 1{more}",
            f"target draft judge.safetensors {task}.jsonl", "new", "",
-           "--limit --speculate_k", "--task --rules --device --dtype", weight=weight)
+           "--limit --speculate_k --max_new_tokens --temperature --top_k --top_p --seed",
+           "--task --rules --device --dtype", weight=weight)
       for task, rules, more, weight in (
           ("gsm8k", "target,judge", "", 2), ("arc", "draft,topk:2 --chat", "", 2),
-          ("humaneval", "draft", " --allow_code_execution", 1), ("demo", "standard,judge", "", 2))),
+          ("humaneval", "draft", " --allow_code_execution", 1), ("demo", "standard,judge", "", 2),
+          ("demo", "target,judge", " --temperature 0.7 --top_k 9 --samples 2", 2))),
     Base("eval.py --task gsm8k --data gsm8k.jsonl --target target --draft draft --judge "
          "judge.safetensors --rules target,judge --out results --limit 3",
          "target draft judge.safetensors gsm8k.jsonl", "results/results.json results/results.md "

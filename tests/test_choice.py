@@ -113,7 +113,7 @@ def test_every_drafter_gives_the_targets_text(home, tmp_path, monkeypatch, name)
     draft, k = ["--draft", *DRAFTERS[name]], {"static": 3, "dynamic": 8, "ngram, K = 3": 3}
     r = make(*draft)
     assert r["tokens"] == make()["tokens"] and r["accept"] == "standard"
-    assert len(r["accept_counts"]) == k.get(name, 16) + 1
+    assert len(r["accept_counts"]) == k.get(name, C.CHAIN) + 1
     assert "ngram" not in name or r["mean_accepted"] > 0  # a random model repeats itself
     everything = make(*draft, "--accept", "judge:0", "--judge", "{}/judge.safetensors")
     kept = everything["accept_counts"]

@@ -20,7 +20,7 @@ import eval as E
 from common import UserError
 from drafters.llama import LlamaDrafter
 from engine import Engine, Settings, State, generate, unpack
-from evaluation import report
+from evaluation import intervals, report, saved
 from evaluation.replay import read_texts, replay_rounds
 from formats.answer_log import AnswerLog
 from helpers import WRONG, random_model, run_command, save_checkpoint, tiny_config
@@ -89,10 +89,11 @@ def lines_of(out) -> list[dict]:
 
 
 def answers(out, without=("seconds",)):
-    """{(rule, id): answer without its time}, each line once."""
+    """{(rule, id): answer without its time}, each line once; (rule, id, sample) of samples."""
     lines = lines_of(out)
-    assert len({(a["rule"], a["id"]) for a in lines}) == len(lines)
-    return {(a["rule"], a["id"]): {k: v for k, v in a.items() if k not in without} for a in lines}
+    key = lambda a: (a["rule"], a["id"], *([a["sample"]] if "sample" in a else []))
+    assert len({*map(key, lines)}) == len(lines)
+    return {key(a): {k: v for k, v in a.items() if k not in without} for a in lines}
 
 
 def write_answers(out, lines):
@@ -157,12 +158,13 @@ def test_resumes_wherever_the_file_was_cut(pair, whole, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_survives_a_real_kill(pair, tmp_path):
+@pytest.mark.parametrize("more", [["--rules", "target,standard"], [
+    "--rules", "standard", "--temperature", "0.8", "--samples", "2"]], ids=["greedy", "sampled"])
+def test_survives_a_real_kill(pair, tmp_path, more):
     outs = [tmp_path / "killed", tmp_path / "whole"]
-    flags = [*pair.task, *pair.models, "--rules", "target,standard", "--device", "cpu"]
+    flags = [*pair.task, *pair.models, *more, "--max_new_tokens", "60", "--device", "cpu"]
     script = ("import sys, torch; torch.set_num_threads(1); import eval; "
-              f"eval.TASKS['demo'].max_new_tokens = 60; eval.main({flags!r} + ['--out', "
-              "sys.argv[1]])")
+              f"eval.main({flags!r} + ['--out', sys.argv[1]])")
     process = subprocess.Popen([sys.executable, "-c", script, outs[0]], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     path = outs[0] / "answers.jsonl"
@@ -173,12 +175,8 @@ def test_survives_a_real_kill(pair, tmp_path):
     process.wait()
     kept = path.read_bytes()
     assert 2 <= kept.count(b"\n") < 12
-    E.TASKS["demo"].max_new_tokens = 60
-    try:
-        for out in outs:
-            E.main([*flags, "--out", str(out)])
-    finally:
-        E.TASKS["demo"].max_new_tokens = 24
+    for out in outs:
+        E.main([*flags, "--out", str(out)])
     # The other process scores as the task does.
     killed, whole = (answers(out, ("seconds", "right", "how")) for out in outs)
     assert killed == whole and path.read_bytes().startswith(kept[:kept.rfind(b"\n") + 1])
@@ -247,7 +245,8 @@ def test_resumes_what_was_written_before(tmp_path, monkeypatch, capsys):
     pair = [*target, "--draft", str(DEMO / "draft"), "--judge", str(DEMO / "judge.safetensors")]
     task = ["--task", "demo", "--data", str(DEMO / "problems.jsonl"), "--limit", "1"]
     rules = "target,standard,topk:3,judge"
-    run = lambda *flags: E.main([*task, "--out", str(out), "--device", "cpu", *flags])
+    run = lambda *flags: E.main([*task, "--out", str(out), "--device", "cpu", "--speculate_k", "16",
+                                 *flags])
     for models, wanted in ((pair, rules), (target, "target")):
         run(*models, "--rules", wanted)
         shown = capsys.readouterr()
@@ -261,6 +260,10 @@ def test_resumes_what_was_written_before(tmp_path, monkeypatch, capsys):
     assert list(r["rules"]) == rules.split(",") and r["rules"]["judge"]["right"] == 3
     with pytest.raises(UserError, match="speculate_k was 16, now 8"):
         run(*pair, "--rules", rules, "--speculate_k", "8")
+    with pytest.raises(UserError, match="max_new_tokens was 24, now 99; temperature was 0.0, now "
+                       "0.7; top_p was None, now 0.9; seed was 0, now 3"):
+        run(*pair, "--rules", rules, "--max_new_tokens", "99", "--temperature", "0.7", "--top_p",
+            "0.9", "--seed", "3")
     run("--rescore")
     assert answers(out).keys() == {(a["rule"], a["id"]) for a in lines_of(out)}
 
@@ -284,8 +287,8 @@ def test_saved_files_with_any_other_value_are_refused_or_read(pair, whole, tmp_p
     out, refused = tmp_path / "out", 0
     shutil.copytree(whole, out)
     lines, settings = lines_of(out), json.loads((out / "settings.json").read_text())
-    for file, value, kinds in (("answers.jsonl", lines[0], E.ANSWER),
-                               ("settings.json", settings, E.SETTINGS)):
+    for file, value, kinds in (("answers.jsonl", lines[0], saved.ANSWER),
+                               ("settings.json", settings, saved.SETTINGS)):
         rest = "".join(json.dumps(a) + "\n" for a in lines[1:] if file == "answers.jsonl")
         for key in kinds:
             cases = [*(value | {key: x} for x in WRONG),
@@ -396,15 +399,15 @@ def test_a_stop_string_ends_every_rule_at_the_same_token(pair, whole, tmp_path, 
 
 def test_intervals_and_p_values_by_hand():
     # Wilson, z = 1.96: 8 of 10 -> (0.8 + 0.192 ± 1.96 sqrt(0.016 + 0.0096)) / 1.384
-    assert report.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert report.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
-    assert report.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert intervals.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert intervals.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    assert intervals.wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
     # McNemar: 1 of 6 -> 2 (1 + 6) / 64; 2 of 10 -> 2 (1 + 10 + 45) / 1024
-    assert report.mcnemar(1, 5) == report.mcnemar(5, 1) == pytest.approx(14 / 64)
-    assert report.mcnemar(8, 2) == pytest.approx(112 / 1024)
-    assert report.mcnemar(0, 5) == pytest.approx(1 / 16)
-    assert report.mcnemar(0, 0) == 1 == report.mcnemar(3, 3)
-    assert 0 < report.mcnemar(400, 600) < 1e-8
+    assert intervals.mcnemar(1, 5) == intervals.mcnemar(5, 1) == pytest.approx(14 / 64)
+    assert intervals.mcnemar(8, 2) == pytest.approx(112 / 1024)
+    assert intervals.mcnemar(0, 5) == pytest.approx(1 / 16)
+    assert intervals.mcnemar(0, 0) == 1 == intervals.mcnemar(3, 3)
+    assert 0 < intervals.mcnemar(400, 600) < 1e-8
 
 
 def made_up(rule, rows):
@@ -523,7 +526,7 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
     got = r["rules"]
     for rule in rules:
         name, value, _ = parse_rule(rule)
-        parameter = RULES[name].parameter_for(value, head)
+        parameter = TABLE[name].parameter_for(value, head)
         s = Settings(name, parameter, 0.0, None, None, 1024)
         want = [n for p, t in pairs for n in real_rounds(
             target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
@@ -531,21 +534,45 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
         assert got[rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
     assert got["judge:0"]["rejected"] == 0 and got["judge:1"] == got["standard"]
     assert 0 < got["topk:3"]["rejected"] < got["standard"]["rejected"] < 1 and r["texts"] == 3
+    low, high = got["topk:3"]["interval"]  # over three texts
+    assert low < got["topk:3"]["mean_accepted"] < high
+
+
+def test_replay_of_several_files_is_a_table_each(pair, tmp_path, capsys):
+    line = {"prompt": "How many?", "text": "Two eggs and six more eggs.", "response": "No."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(line))
+    del line["text"]
+    (tmp_path / "b.jsonl").write_text(2 * (json.dumps(line) + "\n"))
+    flags = [*pair.models, "--rules", "standard,topk:9", "--device", "cpu", "--replay"]
+    each = []
+    for names in ("a",), ("b",), ("a", "b"):
+        E.main([*flags, *(str(tmp_path / f"{name}.jsonl") for name in names), "--out",
+                str(tmp_path / "out")])
+        each.append(json.loads((tmp_path / "out" / "replay.json").read_text()))
+    assert each[2] == each[:2] and [r["file"] for r in each[2]] == ["a.jsonl", "b.jsonl"]
+    assert [r["texts"] for r in each[2]] == [1, 2] and each[0]["tokens"] > each[1]["tokens"] / 2
+    assert each[0]["rules"]["standard"]["interval"] is None  # of one text
+    rule = each[1]["rules"]["standard"]  # of two that are alike
+    assert rule["interval"] == [rule["mean_accepted"]] * 2
+    shown = capsys.readouterr().out
+    assert shown.count("| standard ") == 4 and "b.jsonl: 2 texts" in shown
+    assert (tmp_path / "out" / "replay.md").read_text() in shown
 
 
 def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
     path = tmp_path / "t.jsonl"
     lines = [{"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"},
              {"prompt": "p", "text": "t", "domain": "x"}, {"prompt": "q", "text": "u", "task": "x"},
-             {"prompt": "r", "reference": "v", "answer": 3, "domain": "y"}]
+             {"prompt": "r", "reference": "v", "answer": 3, "domain": "y"},
+             {"prompt": "s", "response": "w", "domain": "ifeval"}]
     odd = json.dumps({"prompt": "\u2028", "text": "w", "domain": "z"}, ensure_ascii=False)
     path.write_text("\n".join(map(json.dumps, lines)) + f"\n\n{odd}\n")
     texts = read_texts(path, E.TASKS["gsm8k"](), chat=False, limit=1)
-    assert [t[0] for t in texts] == [f"{path}, line {i}" for i in (1, 2, 4, 6)]
+    assert [t[0] for t in texts] == [f"{path}, line {i}" for i in (1, 2, 4, 5, 7)]
     _, prompt, text = texts[0]
     assert "How many?" in prompt and text.strip() == "2+2 = 4\n#### 4"
     assert (prompt + text)[len(prompt.rstrip())].isspace()
-    assert texts[2][1:] == ("r", "v")
+    assert texts[2][1:] == ("r", "v") and texts[3][1:] == ("s", "w")
 
 
 # ---------------------------------------------------------------- bad input

@@ -56,7 +56,7 @@ def test_a_new_rule_runs_in_generate(new_rule, tmp_path, monkeypatch, capsys):
     assert made["gap:0"]["tokens"] == made["standard"]["tokens"]
     accepted = [r["mean_accepted"] for r in made.values()]
     assert accepted[0] == accepted[1] < accepted[2] < accepted[3]
-    assert made["gap:1e9"]["accept_counts"][16] == made["gap:1e9"]["rounds"] - 1
+    assert made["gap:1e9"]["accept_counts"][25] == made["gap:1e9"]["rounds"] - 1
     assert "gap: 60 tokens" in capsys.readouterr().err
 
 

@@ -386,7 +386,7 @@ def main():
 
 def test_ranks_with_different_flags_are_refused(tmp_path):
     done = torchrun(script(tmp_path, DIFFERENT), *ALONE)
-    assert "error: --speculate_k is 3 on rank 1, 16 on rank 0; start the same" in done.stderr
+    assert "error: --speculate_k is 3 on rank 1, 25 on rank 0; start the same" in done.stderr
     assert done.returncode != 0 and done.stderr.count("error: ") == 1
 
 

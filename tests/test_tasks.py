@@ -172,11 +172,14 @@ VALUES = (None, True, 0, -1, 5, 1e9, "", "x", "#### 3", "\u2028", "\x1b[2J\n", [
 
 @pytest.mark.parametrize("name, good", [
     ("gsm8k", GSM), ("arc", ARC), ("humaneval", HUMAN),
+    ("math500", {"problem": "p", "solution": "\\boxed{3}", "answer": "3"}),
+    ("aime24", {"problem": "p", "answer": "3"}),
+    ("mt_bench", {"question_id": 81, "category": "c", "turns": ["a", "b"]}),
     ("demo", {"task": "code", "prompt": "def f(x):", "answer": [[1, 2]]})])
 def test_a_mistyped_line_is_named_or_can_be_scored(tmp_path, name, good):
     """Every field, and every pair of two, with values of every kind; ids repeat and collide."""
     r, path, task, refused = random.Random(name), tmp_path / "f.jsonl", make(name), 0
-    for i in range(300):
+    for i in range(150):
         lines = [good | {k: r.choice(VALUES) for k in r.sample([*good, "id"], r.randint(0, 2))}
                  for _ in range(2)]
         if i % 3 == 0 and name == "arc":
@@ -192,9 +195,9 @@ def test_a_mistyped_line_is_named_or_can_be_scored(tmp_path, name, good):
         assert len({e["id"] for e in examples}) == 2
         for e in examples:
             assert isinstance(task.prompt(e), str) and isinstance(task.chat(e), str)
-            if name != "humaneval":
-                assert isinstance(task.score(e, "x\n#### 3").right, bool)
-    assert 0 < refused < 300
+            if name not in ("humaneval", "math500"):
+                assert isinstance(task.score(e, "x\n#### 3").right, (bool, type(None)))
+    assert 0 < refused < 150
 
 
 def test_gzip_whole_broken_and_no_file(tmp_path):
