@@ -38,9 +38,9 @@ from judge import JudgeHead, above_threshold
 from judge_data import report
 from judge_data.data import encode, read_data, split
 from judge_data.features import hidden_states
+from judge_data.fitting import calibrate, fit, grid
 from load import add_device_flags, load_models, resolve_device
 from tokenizer import cut_at_stop, stop_check
-from train_judge import calibrate, fit, grid
 
 TEST, VAL = 0.25, 0.15  # shares of the prompts
 RATE, EPOCHS, PATIENCE = 2e-3, 40, 5  # of a head with a hidden layer
@@ -111,7 +111,7 @@ class Mlp(NamedTuple):
 
 def fit_mlp(x, y, x_val, y_val, settings: list[tuple[float, float]], width: int, seed: int):
     """(AUC on the validation tokens, scoring function) of the best of the settings, each at its
-    best epoch; the loss, the class weights and the decay of a step are train_judge.fit's.
+    best epoch; the loss, the class weights and the decay of a step are judge_data.fitting.fit's.
     """
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, x_val, n = (x - mean) / std, (x_val - mean) / std, len(settings)
