@@ -1,0 +1,121 @@
+"""Labels without a checker, after SelfJudge (Yoon et al., arXiv 2510.02329): a drafted token in the
+target's own answer is harmless if the target finds what follows there about as likely after it.
+
+For a prompt x, the target's greedy answer y and the draft's token d at a place t where y has
+another, and the W tokens of y after it (fewer at the end; EOS is one if the target ends there):
+
+    score(t) = 1/W * sum over t < j <= t + W of
+               log p(y_j | x, y_<t, d, y_t+1 .. y_j-1) - log p(y_j | x, y_<j)     [nats a token]
+
+    harmless if score(t) > -bound, else an error
+
+The idea is the paper's; only its abstract and introduction were at hand, so window, mean and bound
+are ours. The swap is token for token: where a wording has another number of tokens than the
+target's, what follows no longer fits, and the token counts as an error. A token that nothing later
+depends on, such as the last digit of an answer, counts as harmless.
+"""
+import time
+
+import torch
+from torch import Tensor
+
+from checkpoint import read_config
+from judge import top1
+from judge_data import mining
+from judge_data.branches import ROWS, Text
+from judge_data.miner import about, prompts_of
+from load import load_models
+from model import Transformer
+from tokenizer import Tokenizer
+
+LOGITS = 256  # rows of logits at once
+TIE = 0.25  # nats below the argmax that still count as greedy: a near tie in bfloat16
+
+
+class SelfJudge:
+    """Target and draft, and the labels of one answer after the other."""
+
+    def __init__(self, args, lines: list[dict]):
+        tokenizer = Tokenizer.from_dir(args.target)
+        self.prompts, answer = prompts_of(tokenizer, lines, read_config(args.target).max_seq_len)
+        longest = max(map(len, self.prompts.values())) + answer + ROWS
+        self.target, self.draft, _, self.tokenizer, _ = load_models(
+            args.target, args.draft, device=args.device, dtype=args.dtype,
+            length=lambda tokenizer: longest, rows=LOGITS, caches=1.5)
+        self.window, self.bound = args.window, args.bound
+        self.swaps = self.read = 0
+        self.seconds = 0.0
+
+    def selfjudge(self, line) -> list[dict] | str:
+        """The judge data of an answer, or why there is none.
+
+        The answer, all correct, and a line for each swap, cut after it, with its label alone.
+        """
+        prompt, answer = self.prompts[line["prompt"], line["chat"]], line["answer"]
+        tokens = self.tokenizer.encode(answer, continuation=True)
+        if not tokens or self.tokenizer.decode_new(prompt, tokens) != answer:
+            return "the target's tokenizer gives another text back" if answer else "empty"
+        found = self.scores(prompt, tokens)
+        if found is None:
+            return "not the target's own greedy answer"
+        lines = [about(line) | {"answer": answer, "error": None}]
+        for at, token, score in found:
+            mark = mining.characters(self.tokenizer, prompt, [*tokens[:at], token], at)
+            if mark:
+                text, span = mark
+                lines.append(about(line) | {
+                    "answer": text, "error": None if score > -self.bound else span,
+                    "labelled_from": span[0], "score": round(score, 4),
+                    "instead_of": self.tokenizer.decode_new(prompt, [tokens[at]])})
+        return lines
+
+    @torch.inference_mode()
+    def scores(self, prompt: list[int], answer: list[int]) -> list[tuple[int, int, float]] | None:
+        """(place, drafted token, score) of each swap; None if the answer is not greedy."""
+        begin, target, agree = time.perf_counter(), self.target, self.target.agree
+        text = Text(target, prompt + answer)
+        best, top, own = predict(target, text.hidden[len(prompt) - 1:], answer)
+        if agree((top[:-1] - own > TIE).any().long()):
+            return None
+        drafted = agree(self.drafted(prompt, answer)).tolist()
+        ends = int(agree(best[-1:])) in self.tokenizer.eos_ids
+        answer, own = answer + [int(best[-1])] * ends, torch.cat((own, top[-1:]))
+        rest = lambda at: answer[at + 1:at + 1 + self.window]
+        passed = {*self.tokenizer.eos_ids, *range(target.config.vocab_size,
+                                                  self.draft.config.vocab_size)}
+        swaps = [(at, d) for at, d in enumerate(drafted)
+                 if d != answer[at] and d not in passed and rest(at)]
+        after = text.branches([(len(prompt) + at, [d, *rest(at)[:-1]]) for at, d in swaps])
+        if not swaps:
+            return []
+        _, _, other = predict(target, torch.cat(after), [t for at, _ in swaps for t in rest(at)])
+        scores = [float((p - own[at + 1:at + 1 + len(p)]).mean())
+                  for (at, _), p in zip(swaps, other.split([len(h) for h in after]))]
+        self.swaps, self.read = self.swaps + len(swaps), self.read + sum(map(len, after))
+        self.seconds += time.perf_counter() - begin
+        return [(at, d, score) for (at, d), score in zip(swaps, scores)]
+
+    def drafted(self, prompt: list[int], answer: list[int]) -> Tensor:
+        """The draft's argmax at each place of the answer, [N]."""
+        last = self.draft.config.vocab_size - 1  # the target's padding can have larger ids
+        text = Text(self.draft, [min(t, last) for t in prompt + answer])
+        return predict(self.draft, text.hidden[len(prompt) - 1:-1], [])[0]
+
+    def report(self) -> str:
+        return (f"{self.swaps:,} swaps scored, {self.read:,} tokens read after them, in "
+                f"{self.seconds:.1f} s")
+
+
+def predict(model: Transformer, hidden: Tensor,
+            tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """What hidden states [N, D] say of the next token: the argmax [N], its log-probability [N], and
+    that of `tokens`, up to N. float32.
+    """
+    parts, n = [], len(tokens)
+    tokens = torch.tensor(tokens + [0] * (len(hidden) - n), device=hidden.device)
+    for rows, given in zip(hidden[:, :model.config.dim].split(LOGITS), tokens.split(LOGITS)):
+        logits = model.output(rows).float()
+        best, norm = top1(logits), logits.logsumexp(-1)
+        parts.append((best, *(logits.gather(1, i[:, None])[:, 0] - norm for i in (best, given))))
+    best, top, own = map(torch.cat, zip(*parts))
+    return best, top, own[:n]
