@@ -4,7 +4,7 @@ searches of mining.py and the tasks' checkers.
 from pathlib import Path
 
 from checkpoint import read_config
-from common import FLAG, OBJECT, TEXT, UserError, json_lines, needed, refuse, whole
+from common import FLAG, OBJECT, TEXT, json_lines, needed, refuse, whole
 from drafters.llama import LlamaDrafter
 from engine import Engine
 from evaluation.tasks import TASKS, missing
@@ -32,29 +32,6 @@ def read_answers(path: Path) -> list[dict]:
     return answers
 
 
-def prompts_of(tokenizer: Tokenizer, lines: list[dict], context: int) -> tuple[dict, int]:
-    """{(prompt, chat): its ids}, and the tokens of the longest answer; refuses what exceeds the
-    context.
-    """
-    prompts, longest = {}, 0
-    for line in lines:
-        key = line["prompt"], line["chat"]
-        if key not in prompts:
-            prompts[key] = tokenizer.prompt(*key)
-        answer = len(tokenizer.encode(line["answer"], continuation=True))
-        if (length := len(prompts[key]) + answer) >= context:
-            raise UserError(f"{line['where']}: prompt and answer have {length} tokens, the "
-                            f"target's context is {context}; drop the line")
-        longest = max(longest, answer)
-    return prompts, longest
-
-
-def about(line) -> dict:
-    """What judge data keeps of an answer's line."""
-    return {key: line[key] for key in ("prompt", "source_model", "domain", "id", "task",
-                                       "temperature", "chat") if key in line}
-
-
 class Miner:
     """Target and draft, and what `mine` asks of them for one line of the answers."""
 
@@ -64,7 +41,7 @@ class Miner:
                       for name, task in TASKS.items()}
         self.tokenizer = Tokenizer.from_dir(args.target)
         context = read_config(args.target).max_seq_len
-        self.prompts, longest = prompts_of(self.tokenizer, lines, context)
+        self.prompts, longest = mining.prompts_of(self.tokenizer, lines, context)
         # However late a prefix is, the target gets as much room as a whole answer: running out of
         # room is no error.
         limit = longest + max(line["max_new_tokens"] for line in lines)
@@ -93,7 +70,7 @@ class Miner:
         if not line["ended"] or not line["answer"]:
             return mining.UNFINISHED if line["answer"] else "empty"
         if line["right"]:
-            return [about(line) | {"answer": line["answer"], "error": None}]
+            return [mining.about(line) | {"answer": line["answer"], "error": None}]
         prompt = self.start(line)
         tokens, offsets = self.tokenizer.encode_with_offsets(line["answer"], continuation=True)
         if self.tokenizer.decode_new(prompt, tokens) != line["answer"]:
@@ -104,7 +81,7 @@ class Miner:
         start, end = offsets[at]
         if start == end:
             return "the error has no characters"
-        return [about(line) | {"answer": line["answer"], "error": [start, end]}]
+        return [mining.about(line) | {"answer": line["answer"], "error": [start, end]}]
 
     def autojudge(self, line) -> list[dict] | str:
         """The judge data of a walk through the target's own answer, or why there is none.
@@ -120,7 +97,7 @@ class Miner:
         if isinstance(walk, str):
             return walk
         last, swaps = walk
-        base = about(line) | {"source_model": "autojudge", "temperature": 0.0}
+        base = mining.about(line) | {"source_model": "autojudge", "temperature": 0.0}
         lines, unimportant = [], []
         for s in swaps:
             mark = mining.characters(self.tokenizer, prompt, s.tokens, s.at)

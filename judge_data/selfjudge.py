@@ -23,7 +23,6 @@ from checkpoint import read_config
 from judge import top1
 from judge_data import mining
 from judge_data.branches import ROWS, Text
-from judge_data.miner import about, prompts_of
 from load import load_models
 from model import Transformer
 from tokenizer import Tokenizer
@@ -37,7 +36,8 @@ class SelfJudge:
 
     def __init__(self, args, lines: list[dict]):
         tokenizer = Tokenizer.from_dir(args.target)
-        self.prompts, answer = prompts_of(tokenizer, lines, read_config(args.target).max_seq_len)
+        context = read_config(args.target).max_seq_len
+        self.prompts, answer = mining.prompts_of(tokenizer, lines, context)
         longest = max(map(len, self.prompts.values())) + answer + ROWS
         self.target, self.draft, _, self.tokenizer, _ = load_models(
             args.target, args.draft, device=args.device, dtype=args.dtype,
@@ -58,12 +58,12 @@ class SelfJudge:
         found = self.scores(prompt, tokens)
         if found is None:
             return "not the target's own greedy answer"
-        lines = [about(line) | {"answer": answer, "error": None}]
+        lines = [mining.about(line) | {"answer": answer, "error": None}]
         for at, token, score in found:
             mark = mining.characters(self.tokenizer, prompt, [*tokens[:at], token], at)
             if mark:
                 text, span = mark
-                lines.append(about(line) | {
+                lines.append(mining.about(line) | {
                     "answer": text, "error": None if score > -self.bound else span,
                     "labelled_from": span[0], "score": round(score, 4),
                     "instead_of": self.tokenizer.decode_new(prompt, [tokens[at]])})
