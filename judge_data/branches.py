@@ -31,7 +31,8 @@ class Text:
         """
         parts = packed([len(tokens) for _, tokens in branches])
         most = max((sum(len(branches[i][1]) for i in part) for part in parts), default=0)
-        self.cache, found = self.model.new_cache(self.length + most, grown_from=self.cache), []
+        length, found = max(len(self.cache.rope), self.length + most), []
+        self.cache = self.model.new_cache(length, grown_from=self.cache)
         for part in parts:
             starts, sizes = torch.tensor([(branches[i][0], len(branches[i][1])) for i in part]).T
             branch = torch.arange(len(part)).repeat_interleave(sizes)
