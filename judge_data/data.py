@@ -69,10 +69,11 @@ def labelled(offsets: list[tuple[int, int]], example: dict) -> tuple[int, list[i
 
 class Encoded(NamedTuple):
     """An example as the target reads it."""
-    ids: list[int]  # the prompt and the labelled tokens after it
+    ids: list[int]  # the prompt and the answer up to its last labelled token
     start: int  # index of the first labelled token
     spans: list[tuple[int, int]]  # each labelled token's characters of the answer
     labels: list[int]
+    prompt: int  # tokens of it
 
 
 def encode(tokenizer, examples: list[dict], limit: int, chat=False) -> list[Encoded]:
@@ -87,7 +88,7 @@ def encode(tokenizer, examples: list[dict], limit: int, chat=False) -> list[Enco
         first, labels = labelled(spans, e)
         end = first + len(labels)
         encoded.append(Encoded(prompt + answer[:end], len(prompt) + first, spans[first:end],
-                               labels))
+                               labels, len(prompt)))
     return encoded
 
 

@@ -10,9 +10,12 @@ another, and the W tokens of y after it (fewer at the end; EOS is one if the tar
     harmless if score(t) > -bound, else an error
 
 The idea is the paper's; only its abstract and introduction were at hand, so window, mean and bound
-are ours. The swap is token for token: where a wording has another number of tokens than the
-target's, what follows no longer fits, and the token counts as an error. A token that nothing later
-depends on, such as the last digit of an answer, counts as harmless.
+are ours, and so is this: a swap gets a label only where it fits, that is where the target itself
+goes on with y_t+1 after d. A token that begins a longer or shorter wording than y's is followed by
+what no longer fits, however right it is, and its score says nothing.
+
+What nothing later depends on, such as the last digit of an answer, counts as harmless; a name that
+is used again, as an error.
 """
 import time
 
@@ -43,7 +46,7 @@ class SelfJudge:
             args.target, args.draft, device=args.device, dtype=args.dtype,
             length=lambda tokenizer: longest, rows=LOGITS, caches=1.5)
         self.window, self.bound = args.window, args.bound
-        self.swaps = self.read = 0
+        self.swaps = self.fitting = 0
         self.seconds = 0.0
 
     def selfjudge(self, line) -> list[dict] | str:
@@ -85,15 +88,19 @@ class SelfJudge:
                                                   self.draft.config.vocab_size)}
         swaps = [(at, d) for at, d in enumerate(drafted)
                  if d != answer[at] and d not in passed and rest(at)]
-        after = text.branches([(len(prompt) + at, [d, *rest(at)[:-1]]) for at, d in swaps])
         if not swaps:
             return []
-        _, _, other = predict(target, torch.cat(after), [t for at, _ in swaps for t in rest(at)])
-        scores = [float((p - own[at + 1:at + 1 + len(p)]).mean())
-                  for (at, _), p in zip(swaps, other.split([len(h) for h in after]))]
-        self.swaps, self.read = self.swaps + len(swaps), self.read + sum(map(len, after))
+        after = text.branches([(len(prompt) + at, [d]) for at, d in swaps])
+        then = agree(predict(target, torch.cat(after), [])[0]).tolist()
+        fitting = [swap for swap, token in zip(swaps, then) if token == answer[swap[0] + 1]]
+        after = text.branches([(len(prompt) + at, [d, *rest(at)[:-1]]) for at, d in fitting])
+        found = []
+        for (at, d), hidden in zip(fitting, after):
+            _, _, other = predict(target, hidden, rest(at))
+            found.append((at, d, float((other - own[at + 1:at + 1 + len(other)]).mean())))
+        self.swaps, self.fitting = self.swaps + len(swaps), self.fitting + len(fitting)
         self.seconds += time.perf_counter() - begin
-        return [(at, d, score) for (at, d), score in zip(swaps, scores)]
+        return found
 
     def drafted(self, prompt: list[int], answer: list[int]) -> Tensor:
         """The draft's argmax at each place of the answer, [N]."""
@@ -102,7 +109,7 @@ class SelfJudge:
         return predict(self.draft, text.hidden[len(prompt) - 1:-1], [])[0]
 
     def report(self) -> str:
-        return (f"{self.swaps:,} swaps scored, {self.read:,} tokens read after them, in "
+        return (f"{self.fitting:,} of {self.swaps:,} swaps fit and were scored, in "
                 f"{self.seconds:.1f} s")
 
 
