@@ -1,11 +1,12 @@
 """Labels without a checker, after SelfJudge (Yoon et al., arXiv 2510.02329): a drafted token in the
-target's own answer is harmless if the target finds what follows there about as likely after it.
+target's own answer is harmless if the target finds the answer about as likely with it.
 
-For a prompt x, the target's greedy answer y and the draft's token d at a place t where y has
-another, and the W tokens of y after it (fewer at the end; EOS is one if the target ends there):
+For a prompt x, the target's greedy answer y, the draft's token d at a place t where y has another, z
+= y with that token swapped, and the W tokens after it (fewer at the end, where EOS counts as one if
+the target has it there):
 
-    score(t) = 1/W * sum over t < j <= t + W of
-               log p(y_j | x, y_<t, d, y_t+1 .. y_j-1) - log p(y_j | x, y_<j)     [nats a token]
+    score(t) = mean over t <= j <= t + W of
+               log p(z_j | x, z_<j) - log p(y_j | x, y_<j)          [nats a token]
 
     harmless if score(t) > -bound, else an error
 
@@ -14,8 +15,8 @@ are ours, and so is this: a swap gets a label only where it fits, that is where 
 goes on with y_t+1 after d. A token that begins a longer or shorter wording than y's is followed by
 what no longer fits, however right it is, and its score says nothing.
 
-What nothing later depends on, such as the last digit of an answer, counts as harmless; a name that
-is used again, as an error.
+On the demo pair's exact labels (RESULTS.md) a name that is used again later counts as an error too
+often, and what nothing later depends on, such as the last digit of an answer, too seldom.
 """
 import time
 
@@ -76,8 +77,8 @@ class SelfJudge:
     def scores(self, prompt: list[int], answer: list[int]) -> list[tuple[int, int, float]] | None:
         """(place, drafted token, score) of each swap; None if the answer is not greedy."""
         begin, target, agree = time.perf_counter(), self.target, self.target.agree
-        text = Text(target, prompt + answer)
-        best, top, own = predict(target, text.hidden[len(prompt) - 1:], answer)
+        text, first = Text(target, prompt + answer), len(prompt) - 1
+        best, top, own = predict(target, text.hidden[first:], answer)
         if agree((top[:-1] - own > TIE).any().long()):
             return None
         drafted = agree(self.drafted(prompt, answer)).tolist()
@@ -96,8 +97,9 @@ class SelfJudge:
         after = text.branches([(len(prompt) + at, [d, *rest(at)[:-1]]) for at, d in fitting])
         found = []
         for (at, d), hidden in zip(fitting, after):
-            _, _, other = predict(target, hidden, rest(at))
-            found.append((at, d, float((other - own[at + 1:at + 1 + len(other)]).mean())))
+            here = text.hidden[first + at:first + at + 1]
+            _, _, other = predict(target, torch.cat((here, hidden)), [d, *rest(at)])
+            found.append((at, d, float((other - own[at:at + len(other)]).mean())))
         self.swaps, self.fitting = self.swaps + len(swaps), self.fitting + len(fitting)
         self.seconds += time.perf_counter() - begin
         return found
