@@ -43,7 +43,7 @@ from load import load_judge, load_models
 ROOT = Path(__file__).parents[1]
 SEARCHED = 5000  # problems of a task among which the prompts are found again
 TARGET = HOME / "target"
-BOUNDS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 2
+BOUNDS = 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 2
 
 
 def known_problems(lines: list[dict]) -> dict:

@@ -1,9 +1,9 @@
 """Labels without a checker, after SelfJudge (Yoon et al., arXiv 2510.02329): a drafted token in the
 target's own answer is harmless if the target finds the answer about as likely with it.
 
-For a prompt x, the target's greedy answer y, the draft's token d at a place t where y has another, z
-= y with that token swapped, and the W tokens after it (fewer at the end, where EOS counts as one if
-the target has it there):
+For a prompt x, the target's greedy answer y, the draft's token d at a place t where y has another,
+z = y with that token swapped, and the W tokens after it (fewer at the end, where EOS counts as one
+if the target has it there):
 
     score(t) = mean over t <= j <= t + W of
                log p(z_j | x, z_<j) - log p(y_j | x, y_<j)          [nats a token]
