@@ -7,12 +7,15 @@ training and one validation file.
         --out mined.jsonl
     python make_judge_data.py mine --data answers.jsonl --target DIR --draft DIR \\
         --method autojudge --out autojudge.jsonl
+    python make_judge_data.py mine --data open.jsonl --target DIR --draft DIR \\
+        --method selfjudge --out selfjudge.jsonl
     python make_judge_data.py merge mined.jsonl autojudge.jsonl --train train.jsonl --val val.jsonl
 
 Every answer is on disk as it is made; after any kill the same command resumes. Answers are texts,
-so they can come from models with any tokenizers; the target reads them with its own. `mine` needs a
-checker that says whether an answer is right, so prompts of no benchmark (Alpaca's) are for marking
-by hand. Batch size 1; under torchrun the ranks share each model.
+so they can come from models with any tokenizers; the target reads them with its own. first_error
+and autojudge need a checker that says whether an answer is right; selfjudge needs none, so prompts
+may be open ones (Alpaca's), and takes what the target itself wrote greedily. Batch size 1; under
+torchrun the ranks share each model.
 """
 import contextlib
 import dataclasses
@@ -45,6 +48,7 @@ from common import (
     visible,
     whole,
 )
+from drafters.eagle_head import is_eagle
 from engine import Engine, generate
 from evaluation.tasks import TASKS, missing
 from formats.answer_log import AnswerLog, saved_settings
@@ -56,6 +60,7 @@ from judge_data.selfjudge import SelfJudge
 from load import (
     add_device_flags,
     dtype_name,
+    eagle_hash,
     load_model,
     read_vocabulary,
     resolve_device,
@@ -191,7 +196,7 @@ def make_answers(args):
         log.open()  # writes the line end that a kill left out
     log.close()
     lines = log.values
-    right = [a["right"] for a in lines if "right" in a]
+    right = [a["right"] for a in lines if a.get("right") is not None]
     say(f"{len(lines):,} answers to {len({a['id'] for a in lines}):,} prompts, "
         f"{sum(not a['ended'] for a in lines):,} of them cut off"
         + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
@@ -283,7 +288,7 @@ def mine(args):
         "data": file_hash(args.data), "method": args.method, "search": args.search,
         "bound": args.bound, "window": args.window,
         "device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
-        "models": {name: fingerprint(d)
+        "models": {name: (eagle_hash if is_eagle(d) else fingerprint)(d)
                    for name, d in (("target", args.target), ("draft", args.draft)) if d}}, MINED)
     results = log.values
     todo = units[len(results):]
@@ -399,8 +404,8 @@ def parse_args(argv=None):
     m.add_argument("--data", type=Path, required=True, help="the file that generate wrote")
     m.add_argument("--target", type=Path, required=True, help="checkpoint directory")
     m.add_argument("--draft", type=Path,
-                   help="checkpoint directory of the draft: autojudge and selfjudge swap in its "
-                   "tokens; the target writes faster with it")
+                   help="checkpoint directory of the draft, for selfjudge also of an EAGLE head: "
+                   "autojudge and selfjudge swap in its tokens; the target writes faster with it")
     m.add_argument("--method", choices=("first_error", "autojudge", "selfjudge"), required=True,
                    help="the first two need answers with a checker, the last only the target's "
                    "own greedy ones")

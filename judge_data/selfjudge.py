@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from checkpoint import read_config
+from drafters.eagle import read_pairs
+from drafters.eagle_head import is_eagle
 from judge import top1
 from judge_data import mining
 from judge_data.branches import ROWS, Text
@@ -43,9 +45,12 @@ class SelfJudge:
         context = read_config(args.target).max_seq_len
         self.prompts, answer = mining.prompts_of(tokenizer, lines, context)
         longest = max(map(len, self.prompts.values())) + answer + ROWS
-        self.target, self.draft, _, self.tokenizer, _ = load_models(
-            args.target, args.draft, device=args.device, dtype=args.dtype,
-            length=lambda tokenizer: longest, rows=LOGITS, caches=1.5)
+        kind = "eagle" if is_eagle(args.draft) else "draft"
+        self.target, self.draft, _, self.tokenizer, self.eagle = load_models(
+            args.target, device=args.device, dtype=args.dtype, rows=LOGITS, caches=1.5,
+            length=lambda tokenizer: longest, **{kind: args.draft})
+        if self.eagle:
+            self.target.taps = self.eagle.taps
         self.window, self.bound = args.window, args.bound
         self.swaps = self.fitting = 0
         self.seconds = 0.0
@@ -81,14 +86,12 @@ class SelfJudge:
         best, top, own = predict(target, text.hidden[first:], answer)
         if agree((top[:-1] - own > TIE).any().long()):
             return None
-        drafted = agree(self.drafted(prompt, answer)).tolist()
+        drafted = agree(self.drafted(text, prompt + answer)[-len(answer):]).tolist()
         ends = int(agree(best[-1:])) in self.tokenizer.eos_ids
         answer, own = answer + [int(best[-1])] * ends, torch.cat((own, top[-1:]))
         rest = lambda at: answer[at + 1:at + 1 + self.window]
-        passed = {*self.tokenizer.eos_ids, *range(target.config.vocab_size,
-                                                  self.draft.config.vocab_size)}
-        swaps = [(at, d) for at, d in enumerate(drafted)
-                 if d != answer[at] and d not in passed and rest(at)]
+        swaps = [(at, d) for at, d in enumerate(drafted) if d != answer[at] and rest(at)
+                 and d < target.config.vocab_size and d not in self.tokenizer.eos_ids]
         if not swaps:
             return []
         after = text.branches([(len(prompt) + at, [d]) for at, d in swaps])
@@ -104,11 +107,19 @@ class SelfJudge:
         self.seconds += time.perf_counter() - begin
         return found
 
-    def drafted(self, prompt: list[int], answer: list[int]) -> Tensor:
-        """The draft's argmax at each place of the answer, [N]."""
-        last = self.draft.config.vocab_size - 1  # the target's padding can have larger ids
-        text = Text(self.draft, [min(t, last) for t in prompt + answer])
-        return predict(self.draft, text.hidden[len(prompt) - 1:-1], [])[0]
+    def drafted(self, text: Text, ids: list[int]) -> Tensor:
+        """The draft's argmax after each token of the text but the last: [N - 1], of an EAGLE head,
+        which needs two tokens, [N - 2].
+        """
+        if not self.eagle:
+            last = self.draft.config.vocab_size - 1  # the target's padding can have larger ids
+            hidden = Text(self.draft, [min(t, last) for t in ids]).hidden[:-1]
+            return predict(self.draft, hidden, [])[0]
+        head, states = self.eagle, self.eagle.fuse(text.hidden[:-2])
+        slots = torch.arange(len(states), device=states.device)
+        hidden = read_pairs(head, head.new_cache(len(states)), self.target,
+                            torch.tensor(ids[1:-1], device=states.device), states, slots)
+        return torch.cat([top1(head.logits(h, self.target)) for h in hidden.split(LOGITS)])
 
     def report(self) -> str:
         return (f"{self.fitting:,} of {self.swaps:,} swaps fit and were scored, in "

@@ -10,6 +10,8 @@ import torch
 import checkpoint
 import make_judge_data as M
 from common import UserError
+from drafters.eagle import EagleDrafter
+from engine import Engine, generate
 from formats.answer_log import AnswerLog
 from helpers import ROOT, random_model, tiny_config
 from judge_data import branches, features
@@ -17,6 +19,7 @@ from judge_data.branches import Text
 from judge_data.data import Encoded, encode, labelled, read_data
 from judge_data.report import Judged, shaded
 from judge_data.selfjudge import SelfJudge
+from load import load_eagle
 from tokenizer import Tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo"
@@ -134,6 +137,35 @@ def test_a_synonym_is_harmless_and_a_wrong_number_is_not(pair, tmp_path, monkeyp
         (answer[:sum_] + "9", [sum_, sum_ + 1], "8"), (answer[:last] + "9", [last, last + 1], "8")]
 
 
+def test_an_eagle_head_drafts_what_it_drafts_in_the_engine(pair, tmp_path):
+    """The first token of a round, after what the target wrote; and the labels of its swaps."""
+    tokenizer, target, _ = pair
+    line = lines_of(ANSWERS)[0]
+    prompt, want = tokenizer.encode(line["prompt"]), {}
+    tokens = tokenizer.encode(line["answer"], continuation=True)
+    drafter = EagleDrafter(load_eagle(DEMO / "eagle", DEMO / "target"), target)
+    propose = drafter.propose
+
+    def keep(state, *args):
+        drafted, logits = propose(state, *args)
+        want[int(state.length) - len(prompt)] = int(drafted[0])
+        return drafted, logits
+
+    drafter.propose = keep
+    assert generate(Engine(target, drafter, speculate_k=1), prompt, len(tokens)).tokens == tokens
+    drafted = []
+    with pytest.MonkeyPatch.context() as m:
+        plain = SelfJudge.drafted
+        m.setattr(SelfJudge, "drafted", lambda self, *args: drafted.append(plain(
+            self, *args)) or drafted[-1])
+        data = write(tmp_path / "a.jsonl", [line])
+        lines = mine(data, tmp_path / "m.jsonl", draft=DEMO / "eagle")
+    places = drafted[0][-len(tokens):].tolist()
+    want = {at: token for at, token in want.items() if at < len(tokens)}
+    assert len(want) > 10 and {at: places[at] for at in want} == want
+    assert any(want[at] != tokens[at] for at in want) and all("score" in e for e in lines[1:])
+
+
 # ---------------------------------------------------------------- branches
 
 def alone(model, ids):
@@ -249,7 +281,6 @@ def test_refusals(open_answers, tmp_path):
     draft = ["--draft", str(DEMO / "draft")]
     for command, message in (
             (["selfjudge"], "--method selfjudge needs --draft DIR"),
-            (["selfjudge", "--draft", str(DEMO / "eagle")], "holds an EAGLE head, not a model"),
             (["selfjudge", *draft, "--bound", "0"], "--bound is 0.0; it must be a number above 0"),
             (["selfjudge", *draft, "--bound", "nan"], "--bound is nan"),
             (["selfjudge", *draft, "--bound", "inf"], "--bound is inf"),
