@@ -117,11 +117,11 @@ def train(data: Path, out: Path) -> str:
     return done.stdout
 
 
-def evaluate(head: Path, out: Path, args) -> dict:
-    """eval.py's numbers of the judge on the held-out problems."""
+def evaluate(head: Path, out: Path, rules: str, args) -> dict:
+    """eval.py's numbers of the rules on the held-out problems."""
     subprocess.run([sys.executable, ROOT / "eval.py", "--task", "demo", "--data",
                     HOME / "problems.jsonl", "--target", TARGET, "--draft", HOME / "draft",
-                    "--judge", head, "--rules", "target,standard,judge", "--limit", str(args.limit),
+                    "--judge", head, "--rules", rules, "--limit", str(args.limit),
                     "--processes", str(args.processes), "--device", "cpu", "--out", out],
                    check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / "results.json").read_text())["rules"]
@@ -156,7 +156,7 @@ def compare(args):
     unseen = [e for e in read_data(args.exact) if e["prompt"] not in used]
     target, _, _, tokenizer, _ = load_models(TARGET)
     encoded = encode(tokenizer, unseen, target.config.max_seq_len)
-    hidden = hidden_states(target, encoded)
+    hidden, standard = hidden_states(target, encoded), None
     rows = [["judge", "lines", "with an error", "AUC", "95% interval", "threshold", "right",
              "accepted per round"]]
     for data in (exact, *args.mined):
@@ -165,15 +165,17 @@ def compare(args):
         head = load_judge(path, TARGET)
         scored = judged(unseen, encoded, torch.ones(len(unseen), dtype=torch.bool), head(hidden))
         auc, low, high = measure(scored, head.threshold, 0)["auc"]
-        result, lines = evaluate(path, args.out / data.stem, args), read_data(data)
+        rules = "standard,judge" if data == exact else "judge"
+        result = evaluate(path, args.out / data.stem, rules, args)
+        standard, lines = result.get("standard") or standard, read_data(data)
         rows.append([data.stem, f"{len(lines):,}",
                      f"{sum(e['error'] is not None for e in lines):,}", f"{auc:.4f}",
                      f"{low:.4f} to {high:.4f}", f"{head.threshold:.3f}",
                      f"{result['judge']['accuracy']:.1%}",
                      f"{result['judge']['mean_accepted']:.2f}"])
-    print(f"target alone: {result['target']['accuracy']:.1%} right, standard accepts "
-          f"{result['standard']['mean_accepted']:.2f} per round; AUC on {len(unseen):,} answers "
-          f"to {len({e['prompt'] for e in unseen}):,} other prompts\n")
+    print(f"standard, whose text is the target's: {standard['accuracy']:.1%} right, "
+          f"{standard['mean_accepted']:.2f} accepted per round; AUC on {len(unseen):,} answers to "
+          f"{len({e['prompt'] for e in unseen}):,} other prompts\n")
     print(table(rows))
 
 
