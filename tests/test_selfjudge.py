@@ -2,6 +2,7 @@
 a text against reading each alone, where labels begin, resuming, what is refused.
 """
 import json
+import random
 import re
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 import checkpoint
 import make_judge_data as M
 from common import UserError
+from demo.corpus import problems, render
+from demo.mined import at_bounds, mark_rows, swaps
 from drafters.eagle import EagleDrafter
 from engine import Engine, generate
 from formats.answer_log import AnswerLog
@@ -242,6 +245,25 @@ def test_what_has_no_label_is_shaded_as_such():
     assert page({"labelled_from": 3}) == (
         '<span class="rest">ab&lt;</span><span class="y e" title="p = 0.881">cd</span>')
     assert page({}).count("<span") == 1  # a character that no token holds goes with the next
+
+
+def test_marks_are_counted_against_the_exact_checker():
+    problem = next(problems("maths", "judge"))
+    right = render(problem.solution, random.Random(0), "target")
+    swap = lambda text, marked: {"prompt": problem.prompt, "answer": text, "instead_of": "x",
+                                 "error": [8, 9] if marked else None, "labelled_from": 8,
+                                 "score": -0.6 if marked else -0.3}
+    good, bad, worse = right[:9], right[:8] + "\u00a7", "\u00a7" + right[1:9]
+    lines = [swap(good, False), swap(good, True), *[swap(bad, True)] * 3, swap(bad, False),
+             swap(worse, True)]  # of the last, the text was wrong before the swap
+    plain = {"prompt": problem.prompt, "answer": right, "error": None}
+    found = list(swaps([*lines, plain, plain | {"unimportant": [[3, 9], [8, 9]]}]))
+    assert len(found) == 9
+    rows = mark_rows({"m": found} | at_bounds(found[:7]))
+    assert rows[1] == ["m", "8", "4", "4", "75.0%", "75.0%"]
+    assert rows[-1] == ["bound 2", "6", "4", "0", "–", "0.0%"]
+    assert rows[-5] == ["bound 0.4", "6", "4", "4", "75.0%", "75.0%"]
+    assert rows[-6] == ["bound 0.3", "6", "4", "6", "66.7%", "100.0%"]
 
 
 # ---------------------------------------------------------------- the command
