@@ -15,8 +15,9 @@ are ours, and so is this: a swap gets a label only where it fits, that is where 
 goes on with y_t+1 after d. A token that begins a longer or shorter wording than y's is followed by
 what no longer fits, however right it is, and its score says nothing.
 
-On the demo pair's exact labels (RESULTS.md) a name that is used again later counts as an error too
-often, and what nothing later depends on, such as the last digit of an answer, too seldom.
+Against the demo's exact labels (RESULTS.md) it errs where another name is taken for what comes
+again later, which it calls an error, and where a wrong number is used once and nothing depends on
+it.
 """
 import time
 
