@@ -7,12 +7,15 @@ training and one validation file.
         --out mined.jsonl
     python make_judge_data.py mine --data answers.jsonl --target DIR --draft DIR \\
         --method autojudge --out autojudge.jsonl
+    python make_judge_data.py mine --data open.jsonl --target DIR --draft DIR \\
+        --method selfjudge --out selfjudge.jsonl
     python make_judge_data.py merge mined.jsonl autojudge.jsonl --train train.jsonl --val val.jsonl
 
 Every answer is on disk as it is made; after any kill the same command resumes. Answers are texts,
-so they can come from models with any tokenizers; the target reads them with its own. `mine` needs a
-checker that says whether an answer is right, so prompts of no benchmark (Alpaca's) are for marking
-by hand. Batch size 1; under torchrun the ranks share each model.
+so they can come from models with any tokenizers; the target reads them with its own. first_error
+and autojudge need a checker that says whether an answer is right; selfjudge needs none, so prompts
+may be open ones (Alpaca's), and takes what the target itself wrote greedily. Batch size 1; under
+torchrun the ranks share each model.
 """
 import contextlib
 import dataclasses
@@ -26,7 +29,6 @@ from tqdm import tqdm
 
 from checkpoint import fingerprint, read_config
 from common import (
-    FLAG,
     OBJECT,
     TEXT,
     Line,
@@ -45,18 +47,20 @@ from common import (
     visible,
     whole,
 )
-from drafters.llama import LlamaDrafter
+from drafters.eagle_head import is_eagle
 from engine import Engine, generate
 from evaluation.tasks import TASKS, missing
 from formats.answer_log import AnswerLog, saved_settings, seed_of
 from judge import COLDEST
 from judge_data import mining
-from judge_data.data import label_tokens, read_data, split
+from judge_data.data import labelled, read_data, split
+from judge_data.miner import ANSWER, Miner, read_answers
+from judge_data.selfjudge import SelfJudge
 from load import (
     add_device_flags,
     dtype_name,
+    eagle_hash,
     load_model,
-    load_models,
     read_vocabulary,
     resolve_device,
     run_whole,
@@ -67,8 +71,7 @@ from tokenizer import Tokenizer, cut_at_stop, stop_check
 
 GRADED = [name for name, task in TASKS.items() if task.graded]
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
-ANSWER = needed(dict(prompt=TEXT, answer=TEXT, source_model=TEXT, chat=FLAG, ended=FLAG,
-                     max_new_tokens=whole(1))) | dict(task=TEXT, right=FLAG, example=OBJECT)
+BOUND, WINDOW = 0.4, 32  # of selfjudge: chosen on 60 prompts of the demo, see RESULTS.md
 SAVED = ANSWER | needed(dict(id=TEXT, temperature=number(0), sample=whole(0)))
 MINED = dict(left_out=TEXT, lines=list_of(OBJECT, "objects"))
 
@@ -194,7 +197,7 @@ def make_answers(args):
         log.open()  # writes the line end that a kill left out
     log.close()
     lines = log.values
-    right = [a["right"] for a in lines if "right" in a]
+    right = [a["right"] for a in lines if a.get("right") is not None]
     say(f"{len(lines):,} answers to {len({a['id'] for a in lines}):,} prompts, "
         f"{sum(not a['ended'] for a in lines):,} of them cut off"
         + (f", {sum(right):,} of {len(right):,} right" if right else "") + f" -> {args.out}")
@@ -246,122 +249,12 @@ def room(args, prompt: dict) -> int:
 
 # ---------------------------------------------------------------- mine
 
-def read_answers(path: Path) -> list[dict]:
-    """The lines of `generate`, with "where"; raises UserError naming a line that is not one."""
-    answers = []
-    for line in json_lines(path, holding="examples", kinds=ANSWER):
-        value, where = line.value, line.where
-        task = value.get("task")
-        refuse((not value["prompt"], f"{where}: 'prompt' is empty"),
-               (task and (task not in TASKS or value.get("right") is None
-                          or missing(TASKS[task], value.get("example") or {})),
-                f"{where}: 'task' is {task!r}, but 'right' is missing or 'example' is none of its "
-                "examples"))
-        answers.append(value | {"where": where, "task": task})
-    return answers
-
-
-class Miner:
-    """Target and draft, and what `mine` asks of them for one line of the answers."""
-
-    def __init__(self, args, lines: list[dict]):
-        self.args = args
-        self.tasks = {name: task(allow_code_execution=args.allow_code_execution)
-                      for name, task in TASKS.items()}
-        self.tokenizer = Tokenizer.from_dir(args.target)
-        context = read_config(args.target).max_seq_len
-        self.prompts, longest = {}, 0
-        for line in lines:
-            key = line["prompt"], line["chat"]
-            if key not in self.prompts:
-                self.prompts[key] = self.tokenizer.prompt(*key)
-            answer = len(self.tokenizer.encode(line["answer"], continuation=True))
-            if (length := len(self.prompts[key]) + answer) >= context:
-                raise UserError(f"{line['where']}: prompt and answer have {length} tokens, the "
-                                f"target's context is {context}; drop the line")
-            longest = max(longest, answer)
-        # However late a prefix is, the target gets as much room as a whole answer: running out of
-        # room is no error.
-        limit = longest + max(line["max_new_tokens"] for line in lines)
-        length = max(map(len, self.prompts.values())) + limit
-        # Caches grow; in autojudge the draft has a second one.
-        models = load_models(args.target, args.draft, device=args.device, dtype=args.dtype,
-                             speculate_k=args.speculate_k, length=lambda tokenizer: length,
-                             caches=2.5 if args.draft else 1.5)
-        self.draft, self.last = models.draft, None
-        engine = Engine(models.target, LlamaDrafter(self.draft) if self.draft else None,
-                        speculate_k=args.speculate_k)
-        self.go_on = mining.Continuations(engine, self.tokenizer, limit)
-
-    def start(self, line) -> list[int]:
-        """Turn to the line's prompt, if it is another than before; returns its tokens."""
-        key, task = (line["prompt"], line["chat"]), self.tasks[line["task"]]
-        if key != self.last:
-            self.last = key
-            right = lambda text: task.score(line["example"], text).right
-            self.go_on.start(self.prompts[key], lambda text: job.from_rank_0(lambda: right(text)),
-                             () if line["chat"] else task.stop)
-        return self.prompts[key]
-
-    def first_error(self, line) -> list[dict] | str:
-        """The judge data of an answer, or why there is none."""
-        if not line["ended"] or not line["answer"]:
-            return mining.UNFINISHED if line["answer"] else "empty"
-        if line["right"]:
-            return [about(line) | {"answer": line["answer"], "error": None}]
-        prompt = self.start(line)
-        tokens, offsets = self.tokenizer.encode_with_offsets(line["answer"], continuation=True)
-        if self.tokenizer.decode_new(prompt, tokens) != line["answer"]:
-            return "the target's tokenizer gives another text back"
-        at = mining.SEARCHES[self.args.search](tokens, self.go_on)
-        if isinstance(at, str):
-            return at
-        start, end = offsets[at]
-        if start == end:
-            return "the error has no characters"
-        return [about(line) | {"answer": line["answer"], "error": [start, end]}]
-
-    def autojudge(self, line) -> list[dict] | str:
-        """The judge data of a walk through the target's own answer, or why there is none.
-
-        One line for each swap that mattered, cut after it, and the last answer. A swap that did not
-        matter is part of all that follow and counts as correct there, so it has no line of its own.
-        """
-        prompt, decode_new = self.start(line), self.tokenizer.decode_new
-        sizes = [m.config.vocab_size for m in (self.go_on.engine.target, self.draft)]
-        # An id that is padding of the draft's alone is passed over as EOS is.
-        walk = mining.autojudge(self.go_on, mining.greedy_token(self.draft, prompt),
-                                {*self.tokenizer.eos_ids, *range(*sizes)})
-        if isinstance(walk, str):
-            return walk
-        last, swaps = walk
-        base = about(line) | {"source_model": "autojudge", "temperature": 0.0}
-        lines, unimportant = [], []
-        for s in swaps:
-            mark = mining.characters(self.tokenizer, prompt, s.tokens, s.at)
-            if mark and s.important:
-                own = "" if s.instead_of is None else decode_new(prompt, [s.instead_of])
-                lines.append(base | {"answer": mark[0], "error": mark[1], "instead_of": own})
-            elif mark:
-                unimportant.append(mark[1])
-        tokens = self.tokenizer.encode(last.text, continuation=True)
-        if last.text and decode_new(prompt, tokens) == last.text:
-            lines.append(base | {"answer": last.text, "error": None, "unimportant": unimportant})
-        return lines or "no label could be placed"
-
-
 def labels(args, lines: list[dict], todo: list[dict]):
     """Yield the judge data of the answers `todo` one by one, or why there is none; then report."""
-    miner = Miner(args, lines)
+    miner = (SelfJudge if args.method == "selfjudge" else Miner)(args, lines)
     for line in todo:
         yield getattr(miner, args.method)(line)
-    print(miner.go_on.report())
-
-
-def about(line) -> dict:
-    """What judge data keeps of an answer's line."""
-    return {key: line[key] for key in ("prompt", "source_model", "domain", "id", "task",
-                                       "temperature", "chat") if key in line}
+    print(miner.report())
 
 
 def mine(args):
@@ -375,28 +268,30 @@ def mine(args):
                 pass
         return
     lines = read_answers(args.data)
-    with_checker = [line for line in lines if line["task"]]
+    usable = lines if args.method == "selfjudge" else [a for a in lines if a["task"]]
     refuse(
-        (not with_checker, f"{args.data} has no answers of a task with a checker "
-         f"({', '.join(GRADED)}); such answers have to be marked by hand"),
-        (not args.allow_code_execution and any(a["task"] == "humaneval" for a in with_checker),
+        (not usable, f"{args.data} has no answers of a task with a checker ({', '.join(GRADED)}); "
+         "such answers have to be marked by hand, or by --method selfjudge"),
+        (args.method != "selfjudge" and not args.allow_code_execution
+         and any(a["task"] == "humaneval" for a in usable),
          f"{args.data} has answers of humaneval, which runs what the models write: read what "
          "evaluation/sandbox.py protects from, then give --allow_code_execution"))
     group = {}
-    for line in with_checker:  # one prompt's answers together: they share the cache
+    for line in usable:  # one prompt's answers together: they share the cache
         group.setdefault((line["prompt"], line["chat"]), []).append(line)
     units = [line for same in group.values()
              for line in (same[:1] if args.method == "autojudge" else same)]
     log = open_log(args.out.with_name(args.out.name + ".part"), {
         "data": file_hash(args.data), "method": args.method, "search": args.search,
+        "bound": args.bound, "window": args.window,
         "device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
-        "models": {name: fingerprint(d)
+        "models": {name: (eagle_hash if is_eagle(d) else fingerprint)(d)
                    for name, d in (("target", args.target), ("draft", args.draft)) if d}}, MINED)
     results = log.values
     todo = units[len(results):]
-    job.broadcast(todo and (with_checker, todo))
+    job.broadcast(todo and (usable, todo))
     if todo:
-        with tqdm(labels(args, with_checker, todo), initial=len(results), total=len(units),
+        with tqdm(labels(args, usable, todo), initial=len(results), total=len(units),
                   desc=args.method, disable=None) as bar:
             for result in bar:
                 key = "left_out" if isinstance(result, str) else "lines"
@@ -409,7 +304,7 @@ def mine(args):
         f"{'prompts' if args.method == 'autojudge' else 'answers'}, "
         f"{sum(line.get('error') is not None for line in found):,} with an error -> {args.out}")
     left_out = Counter(r["left_out"] for r in results if "left_out" in r)
-    if without := len(lines) - len(with_checker):
+    if without := len(lines) - len(usable):
         left_out["no checker"] = without
     if left_out:
         say("left out: " + "; ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items())))
@@ -463,7 +358,7 @@ def merge(args):
 
 
 def summary(name: str, part: list[dict], tokenizer: Tokenizer | None) -> str:
-    """A line about a file: answers, labels by `label_tokens`, domains.
+    """A line about a file: answers, labels by `labelled`, domains.
 
     Without a tokenizer the labels are those of single characters.
     """
@@ -472,7 +367,7 @@ def summary(name: str, part: list[dict], tokenizer: Tokenizer | None) -> str:
         spans = [(i, i + 1) for i in range(len(e["answer"]))]
         if tokenizer:
             _, spans = tokenizer.encode_with_offsets(e["answer"], continuation=True)
-        labels += label_tokens(spans, e["error"])
+        labels += labelled(spans, e)[1]
     domains = sorted(Counter(str(e.get("domain")) for e in part).items())
     return (f"{name:5} {len({e['prompt'] for e in part}):7,} prompts {len(part):8,} answers "
             f"{sum(e['error'] is not None for e in part):7,} with an error "
@@ -506,12 +401,19 @@ def parse_args(argv=None):
     m.add_argument("--data", type=Path, required=True, help="the file that generate wrote")
     m.add_argument("--target", type=Path, required=True, help="checkpoint directory")
     m.add_argument("--draft", type=Path,
-                   help="checkpoint directory of the draft: autojudge swaps its tokens in, and "
-                   "the target is faster with it")
-    m.add_argument("--method", choices=("first_error", "autojudge"), required=True)
+                   help="checkpoint directory of the draft, for selfjudge also of an EAGLE head: "
+                   "autojudge and selfjudge swap in its tokens; the target writes faster with it")
+    m.add_argument("--method", choices=("first_error", "autojudge", "selfjudge"), required=True,
+                   help="the first two need answers with a checker, the last only the target's "
+                   "own greedy ones")
     m.add_argument("--search", choices=mining.SEARCHES,
                    help="first_error: scan finds the first error, bisect one of perhaps several "
                    "in fewer questions (default scan)")
+    m.add_argument("--bound", type=float,
+                   help="selfjudge: a swapped token is an error if it and what follows are less "
+                   f"likely by this much on the mean, in nats a token (default {BOUND})")
+    m.add_argument("--window", type=int,
+                   help=f"selfjudge: tokens after the swap that count (default {WINDOW})")
     m.add_argument("--speculate_k", type=int, default=8,
                    help="drafted tokens per round (default 8)")
     m.add_argument("--out", type=Path, required=True, help="judge data")
@@ -537,6 +439,8 @@ def parse_args(argv=None):
         args.temperatures = temperatures(args.temperatures)
     if args.command == "mine" and args.method == "first_error":
         args.search = args.search or "scan"
+    if args.command == "mine" and args.method == "selfjudge":
+        args.bound, args.window = args.bound or BOUND, args.window or WINDOW
     return args
 
 
@@ -552,14 +456,18 @@ def temperatures(text: str) -> list[float]:
 def check_args(args):
     """Everything about the flags that can be refused before a file is read."""
     given = vars(args).get
-    autojudge, merging = given("method") == "autojudge", args.command == "merge"
+    method, merging = given("method"), args.command == "merge"
     refuse(
         *((given(flag) is not None and given(flag) < 1,
            f"--{flag} is {given(flag)}; it must be at least 1")
-          for flag in ("samples", "limit", "max_new_tokens", "speculate_k")),
-        (autojudge and not given("draft"),
-         "--method autojudge needs --draft DIR: its tokens are swapped in"),
-        (autojudge and given("search"), "--search is for --method first_error; leave it out"),
+          for flag in ("samples", "limit", "max_new_tokens", "speculate_k", "window")),
+        (method in ("autojudge", "selfjudge") and not given("draft"),
+         f"--method {method} needs --draft DIR: its tokens are swapped in"),
+        *((method not in (None, owner) and given(flag) is not None,
+           f"--{flag} is for --method {owner}; leave it out") for flag, owner in (
+               ("search", "first_error"), ("bound", "selfjudge"), ("window", "selfjudge"))),
+        (given("bound") is not None and not 0 < given("bound") < math.inf,
+         f"--bound is {given('bound')}; it must be a number above 0"),
         (merging and not 0 < given("val_share") < 1,
          f"--val_share is {given('val_share')}; it must be between 0 and 1"),
         (merging and job.world() > 1, "merge runs no model; start it with python"))

@@ -1,5 +1,6 @@
 """Judge data, JSON Lines of {"prompt", "answer", "error": null | [start, end]}: reading, labels of
-tokens, and the split by prompt. The offsets of the first error are characters of the answer.
+tokens, and the split by prompt. The offsets of the first error are characters of the answer. With
+"labelled_from": start, only tokens that end after that character have labels.
 
 annotate.py imports this and needs no torch to mark, so only `split` imports it.
 """
@@ -39,6 +40,11 @@ def read_data(path: Path) -> list[dict]:
             raise UserError(f"{where}: 'error' is {example['error']}; it must be null or [start, "
                             f"end] with 0 <= start < end <= {len(example['answer'])}, the "
                             "answer's characters")
+        begin, (last, _) = example.get("labelled_from", 0), example["error"] or (
+            len(example["answer"]) - 1, None)
+        if type(begin) is not int or not 0 <= begin <= last:
+            raise UserError(f"{where}: 'labelled_from' is {begin}; it must be from 0 to {last}: a "
+                            "character of the answer, not after its error's start")
         examples.append(example | {"where": where, "line": line.number})
     return examples
 
@@ -54,12 +60,20 @@ def label_tokens(offsets: list[tuple[int, int]], error) -> list[int]:
     return [int(b <= start) for a, b in offsets if a < end]
 
 
+def labelled(offsets: list[tuple[int, int]], example: dict) -> tuple[int, list[int]]:
+    """The index of the first token of an answer that has a label, and the labels from it on."""
+    labels, begin = label_tokens(offsets, example["error"]), example.get("labelled_from", 0)
+    first = sum(b <= begin for _, b in offsets[:len(labels)]) if begin else 0
+    return first, labels[first:]
+
+
 class Encoded(NamedTuple):
     """An example as the target reads it."""
-    ids: list[int]  # the prompt and the labelled tokens after it
+    ids: list[int]  # the prompt and the answer up to its last labelled token
     start: int  # index of the first labelled token
     spans: list[tuple[int, int]]  # each labelled token's characters of the answer
     labels: list[int]
+    prompt: int  # tokens of it
 
 
 def encode(tokenizer, examples: list[dict], limit: int, chat=False) -> list[Encoded]:
@@ -71,9 +85,10 @@ def encode(tokenizer, examples: list[dict], limit: int, chat=False) -> list[Enco
         if len(prompt) + len(answer) > limit:
             raise UserError(f"{e['where']}: prompt and answer have {len(prompt) + len(answer)} "
                             f"tokens, the context is {limit}; shorten or drop the line")
-        labels = label_tokens(spans, e["error"])
-        encoded.append(Encoded(prompt + answer[:len(labels)], len(prompt), spans[:len(labels)],
-                               labels))
+        first, labels = labelled(spans, e)
+        end = first + len(labels)
+        encoded.append(Encoded(prompt + answer[:end], len(prompt) + first, spans[first:end],
+                               labels, len(prompt)))
     return encoded
 
 

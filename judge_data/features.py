@@ -18,6 +18,7 @@ from common import (
     refuse,
     replacing,
 )
+from judge_data.branches import Text
 from judge_data.data import Encoded
 from model import DTYPES, Transformer
 from ranks.job import rank
@@ -39,31 +40,59 @@ def batches(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
+def repeats(encoded: list[Encoded]) -> dict[int, list[int]]:
+    """{index of an answer: those that differ from it only from their first labelled token on}."""
+    whole, found = {}, {}
+    for i, e in enumerate(encoded):
+        if e.start == e.prompt:
+            whole.setdefault(tuple(e.ids[:e.prompt]), []).append(i)
+    for i, e in enumerate(encoded):
+        same = (j for j in whole.get(tuple(e.ids[:e.prompt]), ())
+                if encoded[j].ids[:e.start] == e.ids[:e.start])
+        if e.start > e.prompt and (j := next(same, None)) is not None:
+            found.setdefault(j, []).append(i)
+    return found
+
+
 @torch.inference_mode()
 def hidden_states(target: Transformer, encoded: list[Encoded], dtype=torch.float32) -> Tensor:
     """The hidden states at all labelled tokens' own positions, answer by answer: [N, D] on the CPU.
 
-    Each answer is read once. Shorter ones in a batch are padded at the end, which no token of
-    theirs attends to. Under torchrun all ranks read, and rank 0 keeps: the others' N is 0.
+    Each answer is read once; of one that repeats another up to its labels, only what follows.
+    Shorter ones in a batch are padded at the end, which no token of theirs attends to. Under
+    torchrun all ranks read, and rank 0 keeps: the others' N is 0.
     """
     device, begin = target.norm.weight.device, [0]
     for e in encoded:
         begin.append(begin[-1] + len(e.labels))
     out = torch.empty(0 if rank() else begin[-1], target.config.dim, dtype=dtype)
+
+    def keep(i: int, states: Tensor):
+        if not rank():
+            out[begin[i]:begin[i + 1]] = states
+        bar.update()
+
+    branches = repeats(encoded)
+    beside = {*branches, *(j for others in branches.values() for j in others)}
+    alone = [i for i in range(len(encoded)) if i not in beside]
     with tqdm(total=len(encoded), desc="target reads the answers", unit="answer",
               disable=None) as bar:
-        for batch in batches([len(e.ids) for e in encoded]):
+        for batch in batches([len(encoded[i].ids) for i in alone]):
+            batch = [alone[i] for i in batch]
             span = len(encoded[batch[0]].ids)
             rows = [encoded[i].ids + [0] * (span - len(encoded[i].ids)) for i in batch]
             ids = torch.tensor(rows, device=device)
             states = target.features(ids, torch.arange(span, device=device),
                                      target.new_cache(span, len(batch)))
-            if rank():
-                continue
-            states = states.cpu()
             for row, i in enumerate(batch):
-                out[begin[i]:begin[i + 1]] = states[row, encoded[i].start:len(encoded[i].ids)]
-            bar.update(len(batch))
+                keep(i, states[row, encoded[i].start:len(encoded[i].ids)])
+        for i, others in branches.items():
+            text = Text(target, encoded[i].ids)
+            keep(i, text.hidden[encoded[i].start:])
+            after = text.branches([(encoded[j].start, encoded[j].ids[encoded[j].start:])
+                                   for j in others])
+            for j, states in zip(others, after):
+                keep(j, states)
     return out
 
 

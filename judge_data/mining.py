@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from common import UserError
 from engine import Engine, generate
 from tokenizer import Stream, cut_at_stop, stop_check
 
@@ -24,6 +25,29 @@ FAILS = "the target fails from the prompt alone"
 UNFINISHED = "not finished"
 ENDS_EARLY = "wrong only in that it ends there"
 SAMPLE = 8  # prefixes that are read anew in the end, to measure what the cache saves
+
+
+def prompts_of(tokenizer, lines: list[dict], context: int) -> tuple[dict, int]:
+    """{(prompt, chat): its ids}, and the tokens of the longest answer; refuses what exceeds the
+    context.
+    """
+    prompts, longest = {}, 0
+    for line in lines:
+        key = line["prompt"], line["chat"]
+        if key not in prompts:
+            prompts[key] = tokenizer.prompt(*key)
+        answer = len(tokenizer.encode(line["answer"], continuation=True))
+        if (length := len(prompts[key]) + answer) >= context:
+            raise UserError(f"{line['where']}: prompt and answer have {length} tokens, the "
+                            f"target's context is {context}; drop the line")
+        longest = max(longest, answer)
+    return prompts, longest
+
+
+def about(line) -> dict:
+    """What judge data keeps of an answer's line."""
+    return {key: line[key] for key in ("prompt", "source_model", "domain", "id", "task",
+                                       "temperature", "chat") if key in line}
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

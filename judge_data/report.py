@@ -267,7 +267,9 @@ def shaded(a: Judged, threshold: float) -> str:
 
     Neighbours that are surely accepted share one element.
     """
-    answer, edge, at, out, run = a.example["answer"], logit(threshold), 0, [], ""
+    answer, edge, run = a.example["answer"], logit(threshold), ""
+    at = min(a.example.get("labelled_from", 0), *(start for start, _ in a.spans), len(answer))
+    out = [f'<span class="rest">{html.escape(answer[:at])}</span>'] if at else []
     for _, end, label, score in pieces(a):
         # from `at`: a character that no token holds goes with the next
         kind, piece = shade(score, edge), html.escape(answer[at:end])
