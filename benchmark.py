@@ -51,6 +51,7 @@ from load import (
     add_device_flags,
     check_draft,
     eagle_memory,
+    engine_rule,
     load_eagle,
     load_judge,
     parse_rule,
@@ -172,15 +173,18 @@ def check_args(args, most: int):
                          "--eagle": args.eagle})
 
 
-def read_prompts(args) -> tuple[list[list[int]], tuple]:
-    """`repeats` prompts as ids, evenly spaced in the file or repeated, and the EOS ids."""
+def read_prompts(args) -> tuple[list[list[int]], tuple, dict[str, dict]]:
+    """`repeats` prompts as ids, evenly spaced in the file or repeated; the EOS ids; the rules as an
+    engine takes them.
+    """
     _, tokenizer = read_vocabulary(args.target.directory)
     check_draft(args.target.directory, args.draft.directory, tokenizer)
     lines, n = json_lines(args.prompts, "prompts", kinds={"prompt": TEXT}), args.repeats
     for line in lines:
         refuse((line.value.get("prompt") is None, f'{line.where}: no "prompt" in it'))
     chosen = [lines[i * len(lines) // n if n <= len(lines) else i % len(lines)] for i in range(n)]
-    return [tokenizer.encode(line.value["prompt"]) for line in chosen], tokenizer.eos_ids
+    return ([tokenizer.encode(line.value["prompt"]) for line in chosen], tokenizer.eos_ids,
+            {rule: engine_rule(rule, tokenizer) for rule in args.rules})
 
 
 def main(argv=None):
@@ -190,7 +194,9 @@ def main(argv=None):
     models = {flag: describe(*source, n) for (flag, source), n in zip(sources.items(), shared)}
     configs = [source.model_config for source, _ in sources.values()]
     most = max(args.speculate_k)
-    prompts, eos_ids = job.from_rank_0(lambda: read_prompts(args)) if args.prompts else ([], ())
+    prompts, eos_ids = [], ()
+    if args.prompts:
+        prompts, eos_ids, args.rules = job.from_rank_0(lambda: read_prompts(args))
     context, sizes = min(c.max_seq_len for c in configs), [c.vocab_size for c in configs]
     args.prompt_tokens = args.prompt_tokens or [n for n in LENGTHS if n + 2 <= context]
     # Simulated rounds make max_new_tokens and up to one round more, the last of which drafts K.

@@ -38,6 +38,7 @@ class State(NamedTuple):
     last: Tensor  # [2]: the last two tokens; the target has not read the last one yet
     length: Tensor  # [1]: tokens so far
     room: Tensor  # [1]: drafted tokens that the next round may keep
+    inside: Tensor  # [1]: 1 where the text is within the span that the rule is bound to
 
 
 class Outcome(NamedTuple):
@@ -50,26 +51,27 @@ class Outcome(NamedTuple):
 
 
 def pack(o: Outcome) -> Tensor:
-    """An outcome as one int64 tensor [2K + 6], for the host to read in one synchronisation."""
+    """An outcome as one int64 tensor [2K + 7], for the host to read in one synchronisation."""
     return torch.cat((o.accepted, o.own, o.drafted, o.passed.long(), *o.state))
 
 
 def unpack(packed, k: int) -> Outcome:
     """The inverse of `pack`, for a tensor (giving views) or its list."""
-    return Outcome(packed[:1], packed[1:2], packed[2:2 + k], packed[2 + k:-4],
-                   State(packed[-4:-2], packed[-2:-1], packed[-1:]))
+    return Outcome(packed[:1], packed[1:2], packed[2:2 + k], packed[2 + k:-5],
+                   State(packed[-5:-3], packed[-3:-2], packed[-2:-1], packed[-1:]))
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a round depends on beside tensors; a compiled round is compiled for these values."""
     accept: str  # a key of RULES, or "target"
-    parameter: float | None
+    parameter: float | tuple | None
     temperature: float
     top_k: int | None
     top_p: float | None
     vocab_size: int  # the target's; a draft may have more or fewer, by padding
     certain: bool = False  # the drafter's
+    span: tuple[int, int] | None = None  # ids between which alone the rule holds; outside, standard
 
     def probabilities(self, logits: Tensor) -> Tensor:
         return judge.probabilities(logits, self.temperature, self.top_k, self.top_p)
@@ -79,9 +81,12 @@ class Settings:
         return self.temperature <= judge.COLDEST
 
     @property
+    def rule(self) -> judge.Rule:
+        return RULES.get(self.accept, judge.Rule())
+
+    @property
     def needs_draft_logits(self) -> bool:
-        rule = RULES.get(self.accept, judge.Rule())
-        return rule.needs_draft_logits or not (self.greedy or self.certain)
+        return self.rule.needs_draft_logits or not (self.greedy or self.certain)
 
 
 def choose(logits: Tensor, s: Settings, noise: Tensor | None) -> Tensor:
@@ -98,9 +103,8 @@ def play_round(e: "Engine", span: int, k: int) -> int:
     if k:
         drafted, logits, *tree = e.drafter.propose(state, k, span, s, e.noise(k * (not s.certain)))
         drafted, k = e.agree(drafted), tree[0].height if tree else len(drafted)
-
     draws = k + 1 if s.certain or tree else 1  # of the target: each token, or what follows them
-    uniform = None if s.greedy or draws > k else torch.rand(k, device=e.device, generator=e.rng)
+    uniform = e.coins(k) if draws <= k or s.rule.needs_coin else None
     outcome, *read = e.verify_and_accept(
         e.target, e.head, e.cache.first(span), s, state, drafted, logits, uniform, e.noise(draws),
         tree=tree[0] if tree else None)
@@ -126,24 +130,38 @@ def verify_and_accept(target: Transformer, head: JudgeHead | None, cache: Cache,
 
 def decide(target: Transformer, head: JudgeHead | None, s: Settings, state: State, hidden: Tensor,
            drafted: Tensor, draft_logits: Tensor, uniform: Tensor, noise: Tensor, tree=None):
-    """The packed outcome of the target's hidden states [K + 1, D], which LM head and judge read.
-    drafted [K], draft_logits [K, V or fewer]; uniform [K] and noise [1, V], or noise [K + 1, V].
-    A tree has N drafted tokens and K levels; the rows of the path it keeps, [K + 1], come too.
+    """The packed outcome of the target's hidden states [K + 1, D], which LM head and judge read,
+    and of a tree (N tokens, K levels) the path it keeps, rows [K + 1]. drafted [K], draft_logits
+    [K, V or fewer]; uniform [K] and noise [1, V], or noise [K + 1, V].
     """
     hidden = hidden[:, :target.config.dim]  # without the taps
     logits, scores = target.output(hidden), None if head is None else head(hidden[1:])
-    before = tree.before(logits) if tree else logits[:-1]
 
     # 3. accept: the longest prefix, or path of a tree, that the standard test or the rule lets in
+    before = tree.before(logits) if tree else logits[:-1]
     v = Verified(before, hidden[1:], drafted, draft_logits, scores)
-    passed, token_after = standard_test(v, logits, s, uniform, noise, tree)
-    mask = judge.accept_mask(passed, v, s.accept, s.parameter) if len(drafted) else passed
-    n, end, path = (tree.longest if tree else longest_prefix)(mask, passed, state.room)
+    v, token_after = standard_test(v, logits, s, uniform, noise, tree)
+    inside, inside_at = bounds(s, state, drafted, tree)
+    mask = judge.accept_mask(v, s.accept, s.parameter, inside) if len(drafted) else v.passed
+    n, end, path = (tree.longest if tree else longest_prefix)(mask, v.passed, state.room)
     own = token_after(end, n < state.room)
-    drafted, passed = (t if path is None else t[path[1:] - 1] for t in (drafted, passed))
+    drafted, passed = (t if path is None else t[path[1:] - 1] for t in (drafted, v.passed))
 
     # 4. next state: the text ends with the accepted tokens and the target's own
+    state = state._replace(inside=inside_at(end, own))
     return pack(Outcome(n, own, drafted, passed, next_state(state, drafted, n, own))), path
+
+
+def bounds(s: Settings, state: State, drafted: Tensor, tree=None):
+    """Where the rule holds, bool [K] or True; and a function: State.inside of the text that ends
+    with row end [1] and the target's own token [1]. What closes the span is not inside it.
+    """
+    if not s.span:
+        return True, lambda end, own: state.inside
+    after = judge.inside_after(state.inside, drafted, s.span, tree)
+    before = tree.before(after) if tree else after[:-1]
+    return before.bool() & (drafted != s.span[1]), lambda end, own: judge.inside_after(
+        after.index_select(0, end), own, s.span)[1:]
 
 
 def longest_prefix(mask: Tensor, passed: Tensor, room: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -154,15 +172,20 @@ def longest_prefix(mask: Tensor, passed: Tensor, room: Tensor) -> tuple[Tensor, 
 
 def standard_test(v: Verified, logits: Tensor, s: Settings, uniform: Tensor | None,
                   noise: Tensor | None, tree=None):
-    """bool [K]: what the target may have written itself; and a function: its token [1] after the
-    last accepted row, end [1], of logits [K + 1, V], where tested [1] says if the next one was.
+    """v with what passed, which the target may have written itself; and a function: its token [1]
+    after the last accepted row, end [1], of logits [K + 1, V], where tested [1] says if the next
+    one was.
     """
-    if uniform is None:
+    at = v.drafted[:, None]
+    if s.greedy or s.certain or tree or not len(at):
         # Drafted for certain, q = 1, a token passes with probability p, and one of siblings at most
         # (recursive rejection): as likely as the target drawing it. So it draws first.
         own = choose(logits, s, tree.by_depth(noise) if tree else noise)
-        before = tree.before(own) if tree else own[:-1]
-        return before == v.drafted, lambda end, tested: own.index_select(0, end)
+        v = v._replace(passed=(tree.before(own) if tree else own[:-1]) == v.drafted)
+        if uniform is not None:  # a coin that says the same: below p where it passed
+            p = s.probabilities(v.logits).gather(1, at)[:, 0]
+            v = v._replace(p=p, coin=torch.where(v.passed, p * uniform, p + (1 - p) * uniform))
+        return v, lambda end, tested: own.index_select(0, end)
     p, q = s.probabilities(logits), s.probabilities(v.draft_logits)
 
     def after(end, tested):
@@ -170,52 +193,15 @@ def standard_test(v: Verified, logits: Tensor, s: Settings, uniform: Tensor | No
         rest = F.pad(q, (0, p.shape[-1] - q.shape[-1], 0, 1)).index_select(0, end) * tested[:, None]
         return judge.sample(judge.residual(p.index_select(0, end), rest), noise)
 
-    return judge.rejection_test(p[:-1], q, v.drafted, uniform), after
+    passed = judge.rejection_test(p[:-1], q, v.drafted, uniform)
+    return v._replace(passed=passed, p=p[:-1].gather(1, at)[:, 0], coin=uniform), after
 
 
 def next_state(state: State, drafted: Tensor, accepted: Tensor, own: Tensor) -> State:
     """The state after a round that kept `accepted` [1] of the drafted tokens and added `own`."""
     last = torch.cat((state.last[1:], drafted)).index_select(0, accepted)
-    return State(torch.cat((last, own)), state.length + accepted + 1, state.room - accepted - 1)
-
-
-class Drafter:
-    """What proposes tokens, on the device and in shapes that no value changes; subclass it."""
-    context = math.inf  # positions that it can read
-    wants_hidden = False  # True: `read` is called after every round too, not for the prompt only
-    certain = False  # True: what it drafts does not depend on the noise
-    has_logits = True  # False: `propose` never has any, so rules that need them are refused
-    skips = False  # True: `plan` may say 0
-
-    def new_cache(self, length: int):
-        """Make room for `length` positions; what was read stays."""
-
-    def read(self, tokens: Tensor, pos: Tensor, hidden: Tensor, span: int):
-        """Take in tokens [S] at pos [S], with the target's states at them, hidden [S, D].
-
-        A prompt, padded; after a round the token it began with and all K drafted, not the target's
-        new one, which is the state's last. Positions that the text does not keep come again.
-        """
-
-    def plan(self, text: list[int], k: int) -> int:
-        """How many tokens the next round drafts, of k, decided on the host; 0: it only decodes."""
-        return k
-
-    def size(self, k: int) -> int:
-        """The tokens that `propose` gives: k in a chain, in a tree of height k its nodes."""
-        return k
-
-    def propose(self, state: State, k: int, span: int, s: Settings, noise: Tensor | None):
-        """Tokens [k] to follow the text, and the logits [k, V or fewer] they were chosen from.
-
-        state.last is the text's end. Without s.needs_draft_logits the logits may be None; those of
-        a token chosen without chance are 0 there and -inf elsewhere. noise [k, V] when sampling,
-        unless `certain`. A third value, a drafters.tree.Tree, says how the tokens follow others.
-        """
-        raise NotImplementedError  # every drafter has its own
-
-    def compile(self, build, by_block, whole):
-        """graphs.py: compile what `propose` consists of; see LlamaDrafter's."""
+    return State(torch.cat((last, own)), state.length + accepted + 1, state.room - accepted - 1,
+                 state.inside)
 
 
 def next_token(model: Transformer, hidden: Tensor, s: Settings,
@@ -228,30 +214,33 @@ def next_token(model: Transformer, hidden: Tensor, s: Settings,
 class Engine:
     """Target, drafter and judge with their caches; all have read `read_len` of the text `tokens`.
 
-    accept: a key of RULES; parameter: the rule's, by default the table's or the head's. chooser:
-    of each round's K, speculate_k at most (drafters/length.py). ks: those a round may have.
+    drafter: a drafters.drafter.Drafter. accept: a key of RULES; parameter: the rule's, by default
+    the table's or the head's; span: ids of the tokens between which alone it holds. chooser: of
+    each round's K, speculate_k at most (drafters/length.py). ks: those a round may have.
     """
 
-    def __init__(self, target: Transformer, drafter: Drafter | None = None,
-                 head: JudgeHead | None = None, accept="standard", parameter: float | None = None,
-                 speculate_k=16, temperature=0.0, top_k=None, top_p=None, seed=0, chooser=None):
+    def __init__(self, target: Transformer, drafter=None, head: JudgeHead | None = None,
+                 accept="standard", parameter=None, speculate_k=16, temperature=0.0, top_k=None,
+                 top_p=None, seed=0, chooser=None, span: tuple[int, int] | None = None):
         self.target, self.drafter, self.device = target, drafter, target.norm.weight.device
         self.accept, self.speculate_k = (accept, speculate_k) if drafter else ("target", 0)
         rule = RULES[accept]
         refuse((rule.needs_judge and drafter and not head, f"rule {accept} needs head=JudgeHead"),
                (rule.needs_draft_logits and drafter and not drafter.has_logits,
-                f"rule {accept} needs a draft's logits; {type(drafter).__name__} has none"))
+                f"rule {accept} needs a draft's logits; {type(drafter).__name__} has none"),
+               (rule.needs_chain and drafter and drafter.size(speculate_k) != speculate_k,
+                f"rule {accept} needs a chain of drafts; leave out --tree"))
         self.head = head.to(self.device) if rule.needs_judge and drafter else None
         parameter = rule.parameter_for(parameter, self.head) if drafter else None
         self.settings = Settings(self.accept, parameter, temperature, top_k, top_p,
-                                 target.config.vocab_size, bool(drafter and drafter.certain))
+                                 target.config.vocab_size, bool(drafter and drafter.certain), span)
         self.rng = torch.Generator(self.device).manual_seed(seed)
         self.context = min(target.config.max_seq_len, drafter.context if drafter else math.inf)
         self.cache, self.tokens, self.read_len, self.capacity = None, [], 0, 0
         ks = chooser.ks if chooser else (self.speculate_k,)
         self.chooser, self.ks = chooser, sorted({*ks, 0} if drafter and drafter.skips else ks)
         self.drafted = drafter.size(self.speculate_k) if drafter else 0  # tokens of a round at most
-        self.outcome = torch.zeros(2 * self.speculate_k + 6, dtype=torch.long, device=self.device)
+        self.outcome = torch.zeros(2 * self.speculate_k + 7, dtype=torch.long, device=self.device)
         self.state = unpack(self.outcome, self.speculate_k).state  # views of the packed outcome
         self.play, self.verify_and_accept = play_round, verify_and_accept  # graphs.py wraps these
         self.next_token, self.agree = next_token, target.agree
@@ -303,7 +292,9 @@ class Engine:
 
     def set_state(self, room: int):
         """Copy the last tokens and the position to the device; the next round may keep `room`."""
-        for part, value in zip(self.state, (self.tokens[-2:], [len(self.tokens)], [room])):
+        marks = [t == self.settings.span[0] for t in self.tokens if t in (self.settings.span or ())]
+        values = self.tokens[-2:], [len(self.tokens)], [room], [marks[-1] if marks else False]
+        for part, value in zip(self.state, values):
             part.copy_(torch.tensor(value))
 
     def noise(self, rows: int) -> Tensor | None:
@@ -312,13 +303,18 @@ class Engine:
             x = torch.empty(rows, self.target.config.vocab_size, device=self.device)
             return x.exponential_(generator=self.rng)
 
+    def coins(self, n: int) -> Tensor | None:
+        """What acceptance is drawn with, uniform in [0, 1), [n]; None when greedy."""
+        if not self.settings.greedy:
+            return torch.rand(n, device=self.device, generator=self.rng)
+
     def round(self) -> tuple[int, list[int], list[str]]:
         """One round: (drafted tokens accepted, new tokens, their sources); they join `tokens`."""
         n, k = len(self.tokens), self.speculate_k
         if self.drafter:
             k = self.drafter.plan(self.tokens, self.chooser.choose(self) if self.chooser else k)
         k = self.play(self, self.span(n + (k and self.drafter.size(k))), k)
-        o = unpack(self.outcome[-2 * k - 6:].tolist(), k)  # the round's one synchronisation
+        o = unpack(self.outcome[-2 * k - 7:].tolist(), k)  # the round's one synchronisation
         a = o.accepted[0]
         if self.chooser:
             self.chooser.saw(a, k)

@@ -73,6 +73,7 @@ from load import (
     add_device_flags,
     dtype_name,
     eagle_hash,
+    engine_rule,
     load_models,
     parse_rule,
     resolve_device,
@@ -201,7 +202,8 @@ class Session:
             return Engine({"target": target, "draft": draft}[rule])
         k = k_of(args, drafter)
         drafter, chooser = automatic(make_drafter(drafter, target, draft, eagle, args.tree), k)
-        return Engine(target, drafter, head, *parse_rule(rule), k, chooser=chooser)
+        return Engine(target, drafter, head, speculate_k=k, chooser=chooser,
+                      **engine_rule(rule, self.tokenizer))
 
     def generate(self, row: str, index: int) -> Result:
         prompt = self.prompts[index]

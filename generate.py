@@ -32,7 +32,14 @@ from drafters.length import automatic, draft_length
 from engine import Engine, Result, generate
 from judge import RULES
 from linear import product_path
-from load import add_device_flags, load_models, parse_rule, resolve_device, rule_help
+from load import (
+    add_device_flags,
+    load_models,
+    parse_rule,
+    resolve_device,
+    rule_help,
+    span_ids,
+)
 from ranks import job
 from tokenizer import Stream, Tokenizer
 
@@ -243,7 +250,7 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Refuse what can be refused before a weight is read; sets accept and parameter."""
-    args.accept, args.parameter = parse_rule(
+    args.accept, args.parameter, args.span = parse_rule(
         args.accept or ("judge" if args.judge else "standard"), threshold=args.threshold)
     judged = RULES[args.accept].needs_judge
     refuse(
@@ -308,7 +315,8 @@ def main():
     drafter = make_drafter(args.drafter, target, draft, eagle, args.tree) if args.draft else None
     drafter, chooser = automatic(drafter, args.speculate_k)
     engine = Engine(target, drafter, head, args.accept, args.parameter, args.speculate_k,
-                    args.temperature, args.top_k, args.top_p, args.seed, chooser)
+                    args.temperature, args.top_k, args.top_p, args.seed, chooser,
+                    span_ids(args.span, tokenizer))
     if args.compile:
         graphs.compile_engine(engine)
     for line in slower_paths(engine, args.compile) if engine.device.type == "cuda" else ():

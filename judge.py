@@ -1,11 +1,11 @@
-"""The judge: acceptance rules, the head, and the mathematics of sampling. Pure functions, no model.
+"""The judge: its rule and its head, the table of rules, the mathematics of sampling. No model.
 
 A verification reads K drafted tokens d_1..d_K. Row i of the target's logits predicts d_i: it comes
 from the position *before* d_i. The judge's score of d_i comes from the hidden state at d_i's *own*
 position, after the target has read it. The standard test keeps the target's output; a rule gives a
 mask bool [K] of tokens to accept all the same. The longest accepted prefix is kept.
 
-A new rule is a function of (Verified, parameter) and a row of RULES.
+A new rule is a function of (Verified, parameter), here or as those in rules.py, and a row of RULES.
 """
 import json
 import math
@@ -16,13 +16,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import rules
 from common import is_finite, json_values, list_of, number, open_weights, refuse, write_tensors
 
 FORMAT = "1"
 SAID = {"threshold": number(0, 1)._replace(needed=True),
         "curve": list_of(list_of(number(0, 1), "numbers"), "rows")}
 COLDEST = 1e-30  # temperature; logits over a lower one overflow float32, so from here on greedy
-SURE = 0.9  # kl: above this top-1 probability of the target only the standard test applies
 
 
 # ---------------------------------------------------------------- rules
@@ -34,31 +34,9 @@ class Verified(NamedTuple):
     drafted: Tensor  # int64 [K]
     draft_logits: Tensor | None = None  # [K, V or fewer], if needs_draft_logits or when sampling
     scores: Tensor | None = None  # [K]: the head's, where the rule needs_judge
-
-
-def topk(v: Verified, k: float) -> Tensor:
-    """Accept a token among the target's top k: the paper's naive baseline."""
-    return (v.logits > v.logits.gather(1, v.drafted[:, None])).sum(-1) < k
-
-
-def typical(v: Verified, epsilon: float) -> Tensor:
-    """Typical acceptance (Medusa, arXiv 2401.10774): p(token) > min(epsilon, sqrt(epsilon) e^-H), H
-    the entropy of p, the target's distribution at temperature 1.
-    """
-    logp = v.logits.float().log_softmax(-1)
-    bound = (math.sqrt(epsilon) * (logp.exp() * logp).sum(-1).exp()).clamp(max=epsilon)
-    return logp.gather(1, v.drafted[:, None])[:, 0].exp() > bound
-
-
-def kl(v: Verified, divergence: float) -> Tensor:
-    """Accept where KL(target || draft) < divergence and the target is not SURE (arXiv 2601.04766).
-    At temperature 1. The target's mass on tokens that the draft cannot draft is added.
-    """
-    logp, logq = v.logits.float().log_softmax(-1), v.draft_logits.float().log_softmax(-1)
-    p, n = logp.exp(), logq.shape[-1]
-    logq = logq.where(logq > -math.inf, logp[:, :n] - 1)  # so that p (logp - logq) is p
-    total = (p[:, :n] * (logp[:, :n] - logq)).sum(-1) + p[:, n:].sum(-1)
-    return (total < divergence) & (p.amax(-1) <= SURE)
+    passed: Tensor | None = None  # bool [K]: passed the standard test
+    p: Tensor | None = None  # [K]: the drafted tokens' probability as sampled; None when greedy
+    coin: Tensor | None = None  # [K], uniform in [0, 1), below p only where `passed`; as p
 
 
 def above_threshold(scores: Tensor, threshold: float) -> Tensor:
@@ -73,35 +51,61 @@ def above_threshold(scores: Tensor, threshold: float) -> Tensor:
 class Rule(NamedTuple):
     """A row of RULES. `accept(v, parameter)` -> bool [K], OR-ed with the standard test."""
     accept: Callable = lambda v, _: torch.zeros_like(v.drafted, dtype=torch.bool)
-    parameter: str = ""  # a letter for help and errors; "" without a parameter
+    parameter: str = ""  # letters for help and errors; "" without one, "K,D": a tuple of two
     about: str = ""  # what is accepted and which parameters are valid
-    valid: Callable[[float], bool] = lambda x: True
-    default: float | None = None  # None: the parameter must be given, or is the judge file's
+    valid: Callable[..., bool] = lambda *x: True
+    default: float | tuple | None = None  # None: must be given, or is the judge file's
     needs_draft_logits: bool = False
     needs_judge: bool = False
+    needs_chain: bool = False  # it looks at the tokens that follow, or at chances: no trees
+    needs_coin: bool = False
 
-    def parameter_for(self, given: float | None, head: "JudgeHead | None") -> float | None:
+    def parameter_for(self, given, head: "JudgeHead | None") -> float | tuple | None:
         """The parameter given, else the head's threshold, else the row's default."""
         return given if given is not None else head.threshold if self.needs_judge else self.default
 
 
 RULES = {
     "standard": Rule(about="the target's argmax; when sampling, rejection sampling"),
-    "topk": Rule(topk, "K", "one of the target's top K, a whole number from 1",
+    "topk": Rule(rules.topk, "K", "one of the target's top K, a whole number from 1",
                  valid=lambda k: k >= 1 and k % 1 == 0),
-    "typical": Rule(typical, "E", "typical acceptance with epsilon E, 0 < E < 1, default 0.09",
-                    valid=lambda e: 0 < e < 1, default=0.09),
-    "kl": Rule(kl, "D", "KL divergence of target and draft below D, from 0",
+    "typical": Rule(rules.typical, "E", "typical acceptance with epsilon E, 0 < E < 1, default "
+                    "0.09", valid=lambda e: 0 < e < 1, default=0.09),
+    "kl": Rule(rules.kl, "D", "KL divergence of target and draft below D, from 0",
                valid=lambda d: d >= 0, needs_draft_logits=True),
+    "relaxed": Rule(rules.relaxed, "K,D", "one of the target's top K, by at most D less probable "
+                    "than the first: K a whole number from 1, 0 <= D <= 1, default 10,0.6",
+                    valid=lambda k, d: k >= 1 and k % 1 == 0 and 0 <= d <= 1, default=(10, 0.6)),
+    "margin": Rule(rules.margin, "R", "the target's second choice, its logit above R times the "
+                   "first's, 0 < R < 1, default 0.9", valid=lambda r: 0 < r < 1, default=0.9),
+    "fly": Rule(rules.fly, "E,W", "where the target's entropy is at least E and the next W tokens "
+                "pass: E from 0, W a whole number from 1, default 0.3,6", default=(0.3, 6),
+                valid=lambda e, w: e >= 0 and w >= 1 and w % 1 == 0, needs_chain=True),
+    "thresholds": Rule(rules.thresholds, "S,A", "when sampling, a token of probability p >= S, any "
+                       "other with probability p / A: 0 <= S <= 1, 0 < A <= 1",
+                       valid=lambda s, a: 0 <= s <= 1 and 0 < a <= 1, needs_chain=True,
+                       needs_coin=True),
     "judge": Rule(lambda v, t: above_threshold(v.scores, t), "T",
                   "judge's probability above T, 0 <= T <= 1, default the judge file's",
                   valid=lambda t: 0 <= t <= 1, needs_judge=True),
 }
 
 
-def accept_mask(passed: Tensor, v: Verified, accept: str, parameter: float | None) -> Tensor:
-    """bool [K]: tokens that passed the standard test or that the rule `accept` lets in."""
-    return passed | RULES[accept].accept(v, parameter)
+def accept_mask(v: Verified, accept: str, parameter, inside: Tensor | bool = True) -> Tensor:
+    """bool [K]: tokens that passed the standard test or that the rule `accept` lets in, `inside`
+    the span that it is bound to.
+    """
+    return v.passed | RULES[accept].accept(v, parameter) & inside
+
+
+def inside_after(inside: Tensor, tokens: Tensor, span: tuple[int, int], tree=None) -> Tensor:
+    """int64 [N + 1], 1 where a text is between the two ids of `span`: as it stands, `inside` [1],
+    and after each of the tokens [N] that follow it, one after another or as a drafters.tree.Tree.
+    """
+    mark = torch.cat((2 * inside - 1, (tokens == span[0]).long() - (tokens == span[1]).long()))
+    upto = tree.upto if tree else mark.new_ones(len(mark), len(mark), dtype=torch.bool).tril()
+    latest = torch.where(upto & (mark != 0), upto.sum(-1), 0).argmax(-1)
+    return (mark.index_select(0, latest) + 1) // 2
 
 
 # ---------------------------------------------------------------- the standard test, sampling

@@ -4,6 +4,7 @@ draft, EAGLE head, tokenizer and judge; under torchrun each rank's shares.
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,40 +79,70 @@ def rule_help() -> str:
     return "; ".join(f"{form}, {r.about}" for form, r in zip(rule_forms(), RULES.values()))
 
 
-def parse_rule(text: str, plain=(), threshold: float | None = None) -> tuple[str, float | None]:
-    """(name, parameter or None) of a rule as it is written, such as standard, topk:3 or judge:0.9.
+class Spelled(NamedTuple):
+    """A rule as it is written: standard, topk:3, judge:0.9, relaxed:10,0.6@think."""
+    name: str
+    parameter: float | tuple[float, ...] | None  # None: the rule's own
+    span: str | None  # a word: the rule holds between <word> and </word> only
 
-    plain: more names, without a parameter. threshold: the parameter, given apart. Raises UserError
-    listing the rules.
+
+def parse_rule(text: str, plain=(), threshold: float | None = None) -> Spelled:
+    """Read a rule. plain: more names, without parameter and span. threshold: the parameter, given
+    apart. Raises UserError: what this rule takes, or for no rule's name all of them.
     """
-    name, colon, value = text.partition(":")
+    spelling, at, span = text.partition("@")
+    name, colon, value = spelling.partition(":")
     rule = Rule() if name in plain else RULES.get(name)
+    refuse((not rule, f"{text!r} is not a rule; use {', '.join(rule_forms(plain))}, and any of "
+            "them with @WORD for between <WORD> and </WORD> only"))
+    letters = rule.parameter.split(",") if rule.parameter else []
+    required = letters and rule.default is None and not rule.needs_judge
     try:
-        if rule is None or colon and threshold is not None:
-            raise ValueError
-        x = float(value) if colon else threshold
-        if x is None and (rule.parameter and rule.default is None and not rule.needs_judge):
-            raise ValueError
-        if x is not None and not (rule.parameter and math.isfinite(x) and rule.valid(x)):
-            raise ValueError
-        return name, x
+        x = tuple(map(float, value.split(","))) if colon else (
+            () if threshold is None else (threshold,))
+        wrong = (x or required) and (len(x) != len(letters) or not all(map(math.isfinite, x))
+                                     or not rule.valid(*x))
     except ValueError:
-        said = repr(text) + ("" if threshold is None else f" with --threshold {threshold:g}")
-        about = "; ".join(f"{r.parameter}: {r.about}" for r in RULES.values() if r.parameter)
-        raise UserError(f"{said} is not a rule; use {', '.join(rule_forms(plain))} "
-                        f"({about})") from None
+        wrong = True
+    said = repr(text) + ("" if threshold is None else f" with --threshold {threshold:g}")
+    form = rule_forms(plain)[[*plain, *RULES].index(name)]
+    refuse((wrong or colon and threshold is not None, f"{said} is not a rule; use {form}"
+            + (f", {rule.parameter}: {rule.about}" if letters else ", which has no parameter")),
+           (at and (name in plain or name == "standard" or not re.fullmatch(r"[\w-]+", span)),
+            f"{said} is not a rule; @ binds one that accepts more than standard to a span, such as "
+            "relaxed:10,0.6@think: between <think> and </think>"))
+    return Spelled(name, None if not x else x[0] if len(letters) == 1 else x, span or None)
 
 
-def spell_rule(name: str, parameter: float | None) -> str:
+def spell_rule(name: str, parameter=None, span: str | None = None) -> str:
     """The one spelling of a rule: `parse_rule` gives it back."""
-    return name if parameter is None else (
-        f"{name}:{int(parameter) if parameter % 1 == 0 else parameter}")
+    x = () if parameter is None else parameter if isinstance(parameter, tuple) else (parameter,)
+    numbers = ",".join(str(int(v) if v % 1 == 0 else v) for v in x)
+    return name + (f":{numbers}" if x else "") + (f"@{span}" if span else "")
 
 
 def rule_list(text: str, plain=()) -> list[str]:
-    """The rules of a comma-separated list, each in one spelling and once."""
-    rules = (parse_rule(item.strip(), plain) for item in text.split(","))
-    return list(dict.fromkeys(spell_rule(*rule) for rule in rules))
+    """The rules of a comma-separated list, each in one spelling and once. What starts as a number
+    does is the second parameter of the rule before it.
+    """
+    items = re.split(r",(?!\s*[\d.+-])", text)
+    return list(dict.fromkeys(spell_rule(*parse_rule(item.strip(), plain)) for item in items))
+
+
+def span_ids(word: str | None, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The ids of <word> and </word>; raises UserError where the tokenizer cuts them up."""
+    if word is None:
+        return None
+    ids = [tokenizer.ids.get(token) for token in (f"<{word}>", f"</{word}>")]
+    refuse((None in ids, f"@{word}: <{word}> and </{word}> are no tokens of {tokenizer.path}; a "
+            "span needs a token of its own for each"))
+    return tuple(ids)
+
+
+def engine_rule(rule: str, tokenizer: Tokenizer) -> dict:
+    """A rule as it is written, as the keyword arguments of an Engine."""
+    name, parameter, span = parse_rule(rule)
+    return {"accept": name, "parameter": parameter, "span": span_ids(span, tokenizer)}
 
 
 # ---------------------------------------------------------------- models

@@ -32,7 +32,7 @@ def load_pair(target_dir=HOME / "target", dtype=torch.float32) -> Loaded:
 
 def make_engine(rule: str, target, draft, head=None, **settings) -> Engine:
     """The engine of a rule; `settings` are Engine's own (speculate_k, temperature, seed, ...)."""
-    name, value = parse_rule(rule, ("target", "draft"))
+    name, value, _ = parse_rule(rule, ("target", "draft"))  # its tokenizer has no tokens of a span
     if name in ("target", "draft"):
         return Engine({"target": target, "draft": draft}[name], **settings)
     return Engine(target, LlamaDrafter(draft), head, name, value, **settings)

@@ -1,16 +1,17 @@
 """The drafters as the commands spell them: their names and trees, and what makes one."""
 import argparse
+import re
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
 from typing import NamedTuple
 
 from common import UserError, refuse
+from drafters.drafter import Drafter
 from drafters.eagle import EXPAND, HEIGHT, EagleDrafter, levels
 from drafters.eagle_head import EagleHead, is_eagle
 from drafters.llama import LlamaDrafter
 from drafters.ngram import NgramDrafter
-from engine import Drafter
 from judge import RULES
 from model import Transformer
 
@@ -105,10 +106,14 @@ def kind(draft: Path | str | None, tree) -> str | None:
 
 
 def check_rules(rules: list[str], drafters: list[str]):
-    """Refuse a rule that needs the distribution of a draft that has none."""
-    rule = next((r for r in rules if RULES[r.partition(":")[0]].needs_draft_logits), None)
-    refuse((rule and "ngram" in drafters, f"rule {rule} compares the draft's distribution with the "
-            "target's, and an n-gram draft has none; leave one of them out"))
+    """Refuse a rule that needs the distribution of a draft that has none, or no tree."""
+    row = lambda rule: RULES[re.split("[:@]", rule)[0]]
+    comparing = next((r for r in rules if row(r).needs_draft_logits), None)
+    chain = next((r for r in rules if row(r).needs_chain), None)
+    refuse((comparing and "ngram" in drafters, f"rule {comparing} compares the draft's "
+            "distribution with the target's, and an n-gram draft has none; leave one of them out"),
+           (chain and "eagle-tree" in drafters, f"rule {chain} needs a chain of drafts, and "
+            "eagle-tree drafts a tree; leave one of them out"))
 
 
 # ---------------------------------------------------------------- flags of eval.py and benchmark.py

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import refuse
+from drafters.drafter import Drafter
 from drafters.eagle_head import EagleHead
 from drafters.tree import Tree
-from engine import Drafter, Settings, choose
+from engine import Settings, choose
 from model import Cache, Transformer
 
 EXPAND = 10  # of a dynamic tree: nodes expanded in each level, and children of each (EAGLE-2's)

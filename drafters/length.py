@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError, refuse
+from drafters.drafter import Drafter
 from drafters.llama import LlamaDrafter
-from engine import Drafter, Engine, Settings, choose
+from engine import Engine, Settings, choose
 from model import Cache, Transformer
 from ranks import job
 

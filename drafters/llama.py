@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import Drafter, Settings, next_token
+from drafters.drafter import Drafter
+from engine import Settings, next_token
 from model import Cache, Transformer
 
 

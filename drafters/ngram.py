@@ -5,7 +5,7 @@ al., 1985), in constant time a token; of several occurrences it knows the first.
 """
 import torch
 
-from engine import Drafter
+from drafters.drafter import Drafter
 
 LEAST = 2  # tokens that must have recurred: one alone is followed by anything
 

@@ -25,7 +25,7 @@ def attention_name(args, model: Transformer) -> str:
 
 def state_at(length: int, device) -> State:
     n = torch.tensor([length], device=device)
-    return State(n.new_zeros(2), n, n.new_zeros(1))
+    return State(n.new_zeros(2), n, n.new_zeros(1), n.new_zeros(1))
 
 
 def verification(e: Engine, context: int, span: int):
@@ -46,8 +46,8 @@ def measure_passes(args, models: dict, target: Transformer, draft: Transformer, 
     span = power_of_two(context + rows_of_passes[-1])
 
     def verify(model, rows, head=None):
-        e = engine_on(caches, model, draft if rows > 1 else None, head,
-                      "judge" if head else "standard", k=rows - 1)
+        e = engine_on(caches, model, draft if rows > 1 else None, head, rows - 1,
+                      accept="judge" if head else "standard")
         compiled(args, e, f"a pass of {rows} rows" + (" with the judge" if head else ""))
         return recorded(args, verification(e, context, span))
 

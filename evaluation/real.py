@@ -12,7 +12,6 @@ from engine import Engine, generate
 from evaluation.report import row_name
 from evaluation.timing import compiled, engine_on, start_together, sync
 from judge import JudgeHead
-from load import parse_rule
 from model import Transformer
 
 
@@ -56,13 +55,14 @@ def in_turns(calls: dict, prompts: list, device) -> dict[str, list[tuple[float, 
 def measure_real(args, target: Transformer, draft: Transformer, head: JudgeHead | None,
                  caches: dict, prompts: list[list[int]], eos_ids, make=None) -> dict:
     """Real prompts, one a repeat, each rule, drafter and K on it in turns, to EOS; prefill is
-    included. args.ks: {drafter: its K's}. make(drafter): one that is no Llama.
+    included. args.ks: {drafter: its K's}; args.rules: {rule: as an Engine takes it}. make(drafter):
+    one that is no Llama.
     """
     engines = {"target": engine_on(caches, target)}
     for name, k, rule in ((n, k, r) for n, ks in args.ks.items() for k in ks for r in args.rules):
         drafter, chooser = automatic(LlamaDrafter(draft) if name == "llama" else make(name), k)
         engines[f"{row_name(rule, name)} K={k}"] = engine_on(
-            caches, target, drafter, head, *parse_rule(rule), k=k, chooser=chooser)
+            caches, target, drafter, head, k, chooser, **args.rules[rule])
     for name, e in engines.items() if args.compile else ():
         graphs.warm_up(compiled(args, e, name), min(map(len, prompts)),
                        max(map(len, prompts)) + args.max_new_tokens)

@@ -8,24 +8,27 @@ the text that it leads to. Greedy.
 """
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError, json_lines
-from judge import RULES, Verified, accept_mask, top1
-from load import Loaded, parse_rule
+from judge import RULES, Verified, accept_mask, inside_after, top1
+from load import Loaded, parse_rule, span_ids
 
 
-def replay_rounds(mask: list[bool], k: int) -> list[int]:
-    """Tokens accepted in each round over a text whose tokens pass as in `mask`.
+def replay_rounds(mask_of, length: int, k: int) -> list[int]:
+    """Tokens accepted in each round over a text; mask_of(slice): which of that round's pass.
 
     A round takes up to k that pass, then one that stands whatever the rule says.
     """
     rounds, i = [], 0
-    while i < len(mask):
-        rounds.append(next((n for n, ok in enumerate(mask[i:i + k]) if not ok), len(mask[i:i + k])))
+    while i < length:
+        mask = mask_of(slice(i, min(i + k, length)))
+        rounds.append(next((n for n, ok in enumerate(mask) if not ok), len(mask)))
         i += rounds[-1] + 1
     return rounds
 
@@ -68,6 +71,20 @@ def read_once(model, ids: list[int], n: int):
     return model.output(hidden[n - 1:-1]), hidden[n:]
 
 
+def within(span: tuple[int, int] | None, prompt: list[int], text: Tensor) -> Tensor:
+    """bool [M]: the tokens of text [M] between the two ids of `span`; all, where there is none."""
+    if not span:
+        return torch.ones_like(text, dtype=torch.bool)
+    after = inside_after(text.new_zeros(1), torch.cat((text.new_tensor(prompt), text)), span)
+    return after[len(prompt):-1].bool() & (text != span[1])
+
+
+def mask_in(v: Verified, inside: Tensor, name: str, parameter, part: slice) -> list[bool]:
+    """Which tokens of a part of a text a rule accepts."""
+    seen = Verified(*(x if x is None else x[part] for x in v))
+    return accept_mask(seen, name, parameter, inside[part]).tolist()
+
+
 @torch.inference_mode()
 def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules: list[str],
            k: int) -> dict:
@@ -78,10 +95,11 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
     device = models.target.norm.weight.device
     head = models.head and models.head.to(device)
     context = min(m.config.max_seq_len for m in (models.target, models.draft) if m)
-    parsed = {rule: (name, RULES[name].parameter_for(given, head))
-              for rule in rules for name, given in [parse_rule(rule)]}
+    parsed = {rule: (name, RULES[name].parameter_for(given, head),
+                     span_ids(span, models.tokenizer))
+              for rule in rules for name, given, span in [parse_rule(rule)]}
     columns = models.target.config.vocab_size  # a draft's padding may have more
-    comparing = any(RULES[name].needs_draft_logits for name, _ in parsed.values())
+    comparing = any(RULES[name].needs_draft_logits for name, *_ in parsed.values())
     rounds, rejected = {rule: [] for rule in rules}, dict.fromkeys(rules, 0)
     for where, before, after in tqdm(texts, unit="text", disable=None):
         ids, n = before + after, len(before)
@@ -89,13 +107,16 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
             raise UserError(f"{where}: prompt and text have {len(ids)} tokens, the context "
                             f"{context}")
         logits, hidden = read_once(models.target, ids, n)
-        v = Verified(logits, hidden, torch.tensor(after, device=device),
+        drafted = torch.tensor(after, device=device)
+        v = Verified(logits, hidden, drafted,
                      read_once(models.draft, ids, n)[0][:, :columns] if comparing else None,
-                     head(hidden) if head else None)
-        passed = top1(v.logits) == v.drafted
-        for rule, (name, parameter) in parsed.items():
-            mask = accept_mask(passed, v, name, parameter).tolist()
-            rounds[rule] += replay_rounds(mask, k)
+                     head(hidden) if head else None, passed=top1(logits) == drafted)
+        for rule, (name, parameter, span) in parsed.items():
+            mask_of = partial(mask_in, v, within(span, before, drafted), name, parameter)
+            mask = mask_of(slice(None))
+            # A rule that looks at the tokens that follow sees no further than the round's drafts.
+            rounds[rule] += replay_rounds(
+                mask_of if RULES[name].needs_chain else mask.__getitem__, len(mask), k)
             rejected[rule] += mask.count(False)
     total = sum(len(after) for *_, after in texts)
     return {rule: {"mean_accepted": sum(r) / len(r), "rejected": rejected[rule] / total,

@@ -84,7 +84,7 @@ def measure_simulated(args, target: Transformer, draft: Transformer, head: Judge
     points, runs = [], {"target": (alone, [0] * args.max_new_tokens, lambda counts: None)}
     engines = [alone]
     for k in args.speculate_k:
-        e = engine_on(caches, target, draft, head, "judge", k=k)
+        e = engine_on(caches, target, draft, head, k, accept="judge")
         engines.append(compiled(args, e, f"rounds, K = {k}"))
         tell = simulate(e)
         for accepted in args.accepted:

@@ -58,14 +58,14 @@ def bandwidth(device, repeats: int) -> float:
 
 # ---------------------------------------------------------------- engines
 
-def engine_on(caches: dict, target, draft=None, head=None, accept="standard", parameter=None,
-              k=0, chooser=None) -> Engine:
+def engine_on(caches: dict, target, draft=None, head=None, k=0, chooser=None, **rule) -> Engine:
     """An engine on caches that others use too: each overwrites them, so none relies on them.
 
-    draft: a Llama, or a drafter, which gets caches of its own where it is none.
+    draft: a Llama, or a drafter, which gets caches of its own where it is none. rule: as Engine
+    takes it.
     """
     drafter = LlamaDrafter(draft) if isinstance(draft, Transformer) else draft
-    e = Engine(target, drafter, head, accept, parameter, k, chooser=chooser)
+    e = Engine(target, drafter, head, speculate_k=k, chooser=chooser, **rule)
     e.cache, e.capacity = caches[target], len(caches[target].rope)
     if isinstance(drafter, LlamaDrafter):
         drafter.cache = caches[drafter.model]

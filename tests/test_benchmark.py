@@ -128,7 +128,7 @@ def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k, played, mo
     target, draft = random_model(CONFIG, seed=1), random_model(SMALL, seed=2)
     caches = {m: m.new_cache(256) for m in (target, draft)}
     head = JudgeHead(torch.randn(1, 64), torch.zeros(1), 0.5, "")
-    engine = engine_on(caches, target, draft, head, "judge", k=k)
+    engine = engine_on(caches, target, draft, head, k, accept="judge")
     counts = [0, k, 1, k, 0, 0, k - 1, k]
     prompt, tell = list(range(3, 23)), S.simulate(engine)
     if played == "recorded":
@@ -361,7 +361,7 @@ def test_the_demo_pair_with_real_acceptance(monkeypatch, capsys):
     ([*REAL, "--prompts", str(ROOT / "README.md")], 'README.md, line 1: not JSON'),
     ([*REAL, "--prompts", str(DEMO / "target" / "config.json")], "config.json, line 1: not JSON"),
     ([*REAL, "--rules", "judge"], "rule judge needs --judge FILE"),
-    ([*REAL, "--rules", "standard,topk"], "'topk' is not a rule; use standard, topk:K"),
+    ([*REAL, "--rules", "standard,topk"], "'topk' is not a rule; use topk:K, K: one"),
     ([*REAL, "--prompts", "missing.jsonl"], "cannot read missing.jsonl"),
 ])
 def test_bad_input_is_one_clear_line(dummy, monkeypatch, flags, message):

@@ -17,7 +17,8 @@ from drafters.tree import Tree
 from engine import Engine, Settings, generate
 from graphs import compile_engine, warm_up
 from helpers import random_model, randomize, tiny_config
-from judge import Verified, kl
+from judge import Verified
+from rules import kl
 from test_generate import (  # noqa: F401 (a fixture)
     check_distribution,
     head,

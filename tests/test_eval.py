@@ -472,12 +472,13 @@ def test_a_missing_matplotlib_is_a_note(pair, whole, tmp_path, monkeypatch, caps
 # ---------------------------------------------------------------- replay
 
 def test_replay_rounds_by_hand():
+    rounds = lambda mask, k: replay_rounds(mask.__getitem__, len(mask), k)
     T, F = True, False
-    assert replay_rounds([T, T, F, T, T, T, T, F], 3) == [2, 3, 0]  # TT|F  TTT|T  |F
-    assert replay_rounds([F, F, F], 4) == [0, 0, 0]
-    assert replay_rounds([T] * 5, 16) == [5] and replay_rounds([], 4) == []
-    assert replay_rounds([T] * 8, 3) == [3, 3] and replay_rounds([T, F], 1) == [1]
-    assert replay_rounds([T, T, F, T], 1) == [1, 0, 1]
+    assert rounds([T, T, F, T, T, T, T, F], 3) == [2, 3, 0]  # TT|F  TTT|T  |F
+    assert rounds([F, F, F], 4) == [0, 0, 0]
+    assert rounds([T] * 5, 16) == [5] and rounds([], 4) == []
+    assert rounds([T] * 8, 3) == [3, 3] and rounds([T, F], 1) == [1]
+    assert rounds([T, T, F, T], 1) == [1, 0, 1]
 
 
 @torch.inference_mode()
@@ -490,7 +491,7 @@ def real_rounds(target, draft, head, prompt, text, k, s):
         known = torch.tensor([ids[:n + len(drafted) - 1]])
         draft_logits = draft(known, torch.arange(known.shape[1]),
                              draft.new_cache(known.shape[1]))[0][0, n - 1:]
-        state = State(torch.tensor(ids[n - 2:n]), torch.tensor([n]), torch.tensor([len(drafted)]))
+        state = State(torch.tensor(ids[n - 2:n]), *torch.tensor([[n], [len(drafted)], [0]]))
         packed, *_ = engine.verify_and_accept(target, head, cache, s, state, drafted, draft_logits,
                                               None, None)
         rounds.append(int(unpack(packed, len(drafted)).accepted))
@@ -513,15 +514,16 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
         for i, (prompt, text) in enumerate(pairs):
             f.write(json.dumps({"prompt": prompt, "reference" if i == 1 else "text": text}) + "\n")
     rules = ["standard", "topk:3", "typical", "typical:0.01", "kl:0.05", "kl:1", "judge",
-             "judge:0.7", "judge:0", "judge:1"]
+             "judge:0.7", "judge:0", "judge:1", "relaxed:20,0.01", "margin:0.5", "fly:0,1",
+             "fly:1,2", "thresholds:0.5,0.5"]
     assert {rule.partition(":")[0] for rule in rules} == set(TABLE)
     E.main(["--replay", str(tmp_path / "texts.jsonl"), *pair.models, "--rules", ",".join(rules),
             "--out", str(tmp_path / "out"), "--device", "cpu"])
     r = json.loads((tmp_path / "out" / "replay.json").read_text())
     got = r["rules"]
     for rule in rules:
-        name, value = parse_rule(rule)
-        parameter = {"judge": 0.5, "typical": 0.09}.get(rule, value)
+        name, value, _ = parse_rule(rule)
+        parameter = RULES[name].parameter_for(value, head)
         s = Settings(name, parameter, 0.0, None, None, 1024)
         want = [n for p, t in pairs for n in real_rounds(
             target, draft, head, tokenizer.encode(p), tokenizer.encode(t, continuation=True), k, s)]
@@ -549,14 +551,14 @@ def test_replay_reads_gsm8k_and_limits_each_domain(tmp_path):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("flags, message", [
-    (["--rules", "target,topk"], "'topk' is not a rule; use target, draft, standard, .*topk:K"),
+    (["--rules", "target,topk"], "'topk' is not a rule; use topk:K, K: one"),
     (["--rules", "topk:0"], "'topk:0' is not a rule"),
     (["--rules", "topk:2.5"], "'topk:2.5' is not a rule"),
     (["--rules", "judge:"], "'judge:' is not a rule"),
     (["--rules", "judge:nan"], "'judge:nan' is not a rule"),
     (["--rules", "standard:1"], "'standard:1' is not a rule"),
     (["--rules", "target,,draft"], "'' is not a rule"),
-    (["--rules", "eagle"], "'eagle' is not a rule"),
+    (["--rules", "eagle"], "'eagle' is not a rule; use target, draft, standard, topk:K"),
     (["--rules", "kl"], "'kl' is not a rule"),
     (["--rules", "typical:1"], "'typical:1' is not a rule"),
     (["--limit", "0"], "--limit is 0"),

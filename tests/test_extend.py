@@ -12,7 +12,8 @@ import eval as evaluate
 import generate as G
 from common import UserError
 from demo.pair import HOME
-from engine import Drafter, Engine, generate
+from drafters.drafter import Drafter
+from engine import Engine, generate
 from judge import RULES, Rule, Verified
 from load import parse_rule, rule_help
 from test_generate import alone, check_distribution, models, small_pair, tokens
@@ -21,7 +22,7 @@ PAIR = ["--target", str(HOME / "target"), "--draft", str(HOME / "draft"), "--dev
 DATA = str(HOME / "problems.jsonl")
 
 
-def margin(v: Verified, m: float):
+def gap(v: Verified, m: float):
     """Accept where the target's top-1 and top-2 logits are closer than m."""
     top = v.logits.topk(2).values
     return top[:, 0] - top[:, 1] < m
@@ -29,62 +30,62 @@ def margin(v: Verified, m: float):
 
 @pytest.fixture
 def new_rule(monkeypatch):
-    row = Rule(margin, "M", "top-1 and top-2 logits closer than M, from 0", valid=lambda m: m >= 0)
-    monkeypatch.setitem(RULES, "margin", row)
+    row = Rule(gap, "M", "top-1 and top-2 logits closer than M, from 0", valid=lambda m: m >= 0)
+    monkeypatch.setitem(RULES, "gap", row)
 
 
 def test_help_and_errors_know_the_new_rule(new_rule, capsys):
-    assert "margin:M, top-1 and top-2 logits closer than M" in rule_help()
+    assert "gap:M, top-1 and top-2 logits closer than M" in rule_help()
     with pytest.raises(SystemExit):
         G.parse_args(["--help"])
-    assert "margin:M" in capsys.readouterr().out
-    for bad in ("margin", "margin:-1", "margins:2"):
-        with pytest.raises(UserError, match=r"not a rule; use standard, .*, margin:M \(.*M: top"):
+    assert "gap:M" in capsys.readouterr().out
+    for bad, use in (("gap", "gap:M, M: top-1"), ("gap:-1", "gap:M, M"), ("gaps:2", ".*, gap:M,")):
+        with pytest.raises(UserError, match=f"not a rule; use {use}"):
             parse_rule(bad)
 
 
 def test_a_new_rule_runs_in_generate(new_rule, tmp_path, monkeypatch, capsys):
     out, made = tmp_path / "out.json", {}
     prompt = json.loads(open(DATA).readline())["prompt"]
-    for rule in ("standard", "margin:0", "margin:3", "margin:1e9"):
+    for rule in ("standard", "gap:0", "gap:3", "gap:1e9"):
         monkeypatch.setattr(sys, "argv", ["generate.py", *PAIR, "--prompt", prompt, "--accept",
                                           rule, "--max_new_tokens", "60", "--json", str(out)])
         G.main()
         made[rule] = json.loads(out.read_text())
-    assert made["margin:3"]["accept"] == "margin" and "margin" in made["margin:3"]["sources"]
-    assert made["margin:0"]["tokens"] == made["standard"]["tokens"]
+    assert made["gap:3"]["accept"] == "gap" and "gap" in made["gap:3"]["sources"]
+    assert made["gap:0"]["tokens"] == made["standard"]["tokens"]
     accepted = [r["mean_accepted"] for r in made.values()]
     assert accepted[0] == accepted[1] < accepted[2] < accepted[3]
-    assert made["margin:1e9"]["accept_counts"][16] == made["margin:1e9"]["rounds"] - 1
-    assert "margin: 60 tokens" in capsys.readouterr().err
+    assert made["gap:1e9"]["accept_counts"][16] == made["gap:1e9"]["rounds"] - 1
+    assert "gap: 60 tokens" in capsys.readouterr().err
 
 
 def test_a_new_rule_runs_in_eval_and_its_report(new_rule, tmp_path, capsys):
-    evaluate.main(["--task", "demo", "--data", DATA, *PAIR, "--rules", "target,standard,margin:3",
+    evaluate.main(["--task", "demo", "--data", DATA, *PAIR, "--rules", "target,standard,gap:3",
                    "--limit", "1", "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())["rules"]
-    assert results["margin:3"]["mean_accepted"] > results["standard"]["mean_accepted"]
-    assert "| margin:3 " in capsys.readouterr().out
+    assert results["gap:3"]["mean_accepted"] > results["standard"]["mean_accepted"]
+    assert "| gap:3 " in capsys.readouterr().out
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 10_000
 
 
 def test_a_new_rule_runs_in_replay(new_rule, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"prompt": "Question: Mira has 5 pens.", "text": " She has 5."}))
-    evaluate.main(["--replay", str(texts), *PAIR, "--rules", "standard,margin:0,margin:1e9",
+    evaluate.main(["--replay", str(texts), *PAIR, "--rules", "standard,gap:0,gap:1e9",
                    "--out", str(tmp_path / "out")])
     rules = json.loads((tmp_path / "out" / "replay.json").read_text())["rules"]
-    assert rules["margin:0"] == rules["standard"] and rules["margin:1000000000"]["rejected"] == 0
+    assert rules["gap:0"] == rules["standard"] and rules["gap:1000000000"]["rejected"] == 0
     assert rules["standard"]["rejected"] > 0
 
 
 def test_a_new_rule_runs_in_benchmark(new_rule, tmp_path, capsys):
     out = tmp_path / "out.json"
-    benchmark.main([*PAIR, "--prompts", DATA, "--rules", "standard,margin:3", "--no_compile",
+    benchmark.main([*PAIR, "--prompts", DATA, "--rules", "standard,gap:3", "--no_compile",
                     "--speculate_k", "4", "--accepted", "2", "--repeats", "1",
                     "--max_new_tokens", "20", "--json", str(out)])
     variants = [v["variant"] for v in json.loads(out.read_text())["real"]["variants"]]
-    assert variants == ["target", "standard K=4", "margin:3 K=4"]
+    assert variants == ["target", "standard K=4", "gap:3 K=4"]
 
 
 class Echo(Drafter):

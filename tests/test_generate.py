@@ -19,6 +19,7 @@ import torch
 
 import generate as G
 import judge
+import rules
 from checkpoint import fingerprint
 from common import UserError, run
 from drafters.llama import LlamaDrafter
@@ -188,7 +189,7 @@ def test_judge_reads_the_hidden_state_at_the_drafted_tokens_own_position(monkeyp
         scores = h(states)
         h.bias.copy_(-(scores[banned] + scores[others].min())[None] / 2)
         assert h(states)[banned] < 0 < h(states)[others].min()
-        state = State(torch.tensor([0, 5]), torch.tensor([1]), torch.tensor([3]))
+        state = State(torch.tensor([0, 5]), *torch.tensor([[1], [3], [0]]))
         drafted = torch.tensor([40, banned, 60])
         verify_and_accept(target, h, cache, Settings("spy", None, 0.0, None, None, 101), state,
                           drafted, None, None, None)
@@ -444,9 +445,9 @@ def test_rules_by_hand():
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 5.0, 1.0]])
     drafted = torch.tensor([1, 2, 3])
     assert (judge.top1(logits) == drafted).tolist() == [True, False, False]
-    assert judge.topk(Verified(logits, None, drafted), 1).tolist() == [True, False, False]
-    assert judge.topk(Verified(logits, None, drafted), 2).tolist() == [True, False, True]
-    assert judge.topk(Verified(logits, None, drafted), 3).tolist() == [True, True, True]
+    assert rules.topk(Verified(logits, None, drafted), 1).tolist() == [True, False, False]
+    assert rules.topk(Verified(logits, None, drafted), 2).tolist() == [True, False, True]
+    assert rules.topk(Verified(logits, None, drafted), 3).tolist() == [True, True, True]
     scores = torch.tensor([-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30])
     assert judge.above_threshold(scores, 0.0).all() and not judge.above_threshold(scores, 1.0).any()
     assert judge.above_threshold(scores, 0.5).tolist() == [False] * 4 + [True] * 3
@@ -473,7 +474,7 @@ def test_rules_by_hand():
 def test_typical_and_kl_by_hand():
     # entropy ln 2 * 1.5: exp(-H) = 0.35355; 0.26: 0.7689
     rows = torch.tensor([[0.5, 0.25, 0.25]] * 2 + [[0.94, 0.03, 0.03]]).log() + 7.0
-    accepts = lambda rows, drafted, epsilon: judge.typical(
+    accepts = lambda rows, drafted, epsilon: rules.typical(
         Verified(rows, None, torch.tensor(drafted)), epsilon).tolist()
     # min(0.64, 0.8 * 0.35355) = 0.283
     assert accepts(rows[:2], [0, 1], 0.64) == [True, False]
@@ -485,9 +486,9 @@ def test_typical_and_kl_by_hand():
         [[0.25, 0.75], [0.5, 0.5], [0.95, 0.05]]).log() - 3.0
     v = Verified(target, None, torch.zeros(3, dtype=torch.long), draft)
     # 0.5 ln(2) + 0.5 ln(2/3) = 0.14384; the last is sure
-    assert judge.kl(v, 0.1439).tolist() == [True, True, False]
-    assert judge.kl(v, 0.1438).tolist() == [False, True, False]
-    assert not judge.kl(v, 0.0).any()
+    assert rules.kl(v, 0.1439).tolist() == [True, True, False]
+    assert rules.kl(v, 0.1438).tolist() == [False, True, False]
+    assert not rules.kl(v, 0.0).any()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -871,13 +872,14 @@ BAD = [
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "judge"),
      "needs --judge FILE"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk"),
-     "'topk' is not a rule; use standard, topk:K, typical[:E], kl:D, judge[:T] (K: one of"),
+     "'topk' is not a rule; use topk:K, K: one of the target's top K"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "kl"),
      "'kl' is not a rule; use"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk:0"),
      "'topk:0' is not a rule; use"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "nonsense"),
-     "'nonsense' is not a rule; use"),
+     "'nonsense' is not a rule; use standard, topk:K, typical[:E], kl:D, relaxed[:K,D], "
+     "margin[:R], fly[:E,W], thresholds:S,A, judge[:T], and any of them with @WORD"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "topk:3",
       "--threshold", "3"), "'topk:3' with --threshold 3 is not a rule; use"),
     (("--target", "{}/target", "--prompt", "x", "--draft", "{}/draft", "--accept", "typical",

@@ -17,8 +17,8 @@ import benchmark
 import convert_hf_checkpoint
 import eval as evaluate
 import generate as G
-import judge
 import make_judge_data as M
+import rules
 import train_judge
 from checkpoint import config_from
 from common import UserError, read_json
@@ -182,11 +182,11 @@ def test_kl_over_the_common_columns():
     a = full[:, :9]
     want = (a * (a / common).log() - a + common).sum(-1)
     assert (want >= 0).all() and want.min() < 0.05 < 0.5 < want[::3].min()
-    sure = full.amax(-1) > judge.SURE
+    sure = full.amax(-1) > rules.SURE
     assert 0 < sure.sum() < 200
     for d in (0.05, 0.2, 0.7, 1.5):
         clear = (want - d).abs() > 1e-4
-        got, expected = judge.kl(v, d), (want < d) & ~sure
+        got, expected = rules.kl(v, d), (want < d) & ~sure
         assert torch.equal(got[clear], expected[clear]) and 0 < got.sum() < 200, d
 
 

@@ -287,7 +287,7 @@ WRONG = """
 import engine, generate, judge
 def main():
     if job.rank():
-        judge.accept_mask = lambda passed, *_: ~passed
+        judge.accept_mask = lambda v, *_: ~v.passed
         engine.choose = lambda logits, *_: logits.argmin(-1)
     generate.main()
 """

@@ -7,8 +7,9 @@ import torch
 
 import judge
 from demo.pair import load_pair, read_problems
+from drafters.drafter import Drafter
 from drafters.tree import Tree
-from engine import Drafter, Engine, Settings, State, decide, generate, unpack
+from engine import Engine, Settings, State, decide, generate, unpack
 from judge import RULES, JudgeHead, Rule, Verified
 from model import Cache
 from test_generate import (  # noqa: F401 (a fixture)
@@ -287,14 +288,15 @@ def fresh(target, text, parents, ids):
     return torch.stack(logits), torch.stack(hidden)
 
 
-PARAMETERS = {"standard": None, "topk": 25, "typical": 0.02, "kl": 3.0, "judge": 0.4}
+PARAMETERS = {"standard": None, "topk": 25, "typical": 0.02, "kl": 3.0, "judge": 0.4,
+              "relaxed": (40, 0.01), "margin": 0.5}
 
 
 @torch.inference_mode()
 def test_every_rule_judges_a_tree_token_by_token(monkeypatch):
     """Each token with the logits before it and the hidden state at it that its own path gives."""
     target, text, rng = models()["target"], tokens(9), random.Random(4)
-    assert PARAMETERS.keys() == RULES.keys()
+    assert PARAMETERS.keys() == {name for name, rule in RULES.items() if not rule.needs_chain}
     torch.manual_seed(1)
     some = JudgeHead(0.3 * torch.randn(1, 64), torch.zeros(1), 0.5, "")
     for trial, (name, parameter) in itertools.product(range(2), PARAMETERS.items()):
@@ -313,8 +315,8 @@ def test_every_rule_judges_a_tree_token_by_token(monkeypatch):
         passed = [bool(v.logits.argmax() == v.drafted) for v in alone]
         mask = [p or bool(RULES[name].accept(v, parameter)) for v, p in zip(alone, passed)]
         seen = []
-        monkeypatch.setattr("judge.accept_mask", lambda p, v, *rule: (
-            seen.append((p, v)) or p | RULES[name].accept(v, parameter)))  # noqa: B023
+        monkeypatch.setattr("judge.accept_mask", lambda v, *rule: (
+            seen.append(v) or v.passed | RULES[name].accept(v, parameter)))  # noqa: B023
         drafter = Scripted(lambda text, k: (ids, parents), 14)  # noqa: B023
         drafter.propose = lambda *_: (torch.tensor(ids), draft_logits,  # noqa: B023
                                       Tree.of(torch.tensor(parents), 4))  # noqa: B023
@@ -328,11 +330,11 @@ def test_every_rule_judges_a_tree_token_by_token(monkeypatch):
         assert new[:-1] == [ids[r - 1] for r in want[1:]] and a == len(want) - 1
         assert sources == [*("draft" if passed[r - 1] else name for r in want[1:]), "target"]
         assert new[-1] == greedy(target, text + new[:-1])
-        [(p, v)] = seen
-        assert p.tolist() == passed and torch.equal(v.draft_logits, draft_logits)
+        [v] = seen
+        assert v.passed.tolist() == passed and torch.equal(v.draft_logits, draft_logits)
         torch.testing.assert_close(v.logits, logits, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(v.hidden, hidden, atol=1e-4, rtol=1e-4)
-        assert (RULES[name].accept(v, parameter) | p).tolist() == mask
+        assert (RULES[name].accept(v, parameter) | v.passed).tolist() == mask
 
 
 def test_judges_that_say_yes_no_and_yes_to_one_token(monkeypatch):
@@ -412,7 +414,7 @@ def test_a_sampled_tree_round_is_recursive_rejection(temperature, top_k, top_p):
     walk([0], (), 1.0, room)
     assert abs(sum(want.values()) - 1) < 1e-6
     model = type("Model", (), {"config": type("C", (), {"dim": 5}), "output": lambda self, x: x})()
-    state = State(torch.tensor([0, 0]), torch.tensor([9]), torch.tensor([room]))
+    state = State(torch.tensor([0, 0]), *torch.tensor([[9], [room], [0]]))
     counts, runs = dict.fromkeys(want, 0), 1500
     noise = torch.empty(runs, 9, 5).exponential_(generator=g)
     for i in range(runs):
