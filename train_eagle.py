@@ -8,9 +8,10 @@ draft's and the target's distributions. A chain of drafts goes on from the head'
 so it is trained on them too: --unroll steps, each on what the step before predicted (HASS, arXiv
 2408.15766; EAGLE-3's training-time test, arXiv 2503.01840). The target's weights stay as they are.
 
-Answers are on disk as they are made, in OUT/answers.jsonl, and the state of training is in
-OUT/train.safetensors: after any kill the same command goes on, to the same weights as without. The
-target reads the texts again in every epoch, so no hidden states are kept. One process.
+Answers are on disk as they are made, in OUT/answers.jsonl, which make_judge_data.py's mine reads
+too, and the state of training is in OUT/train.safetensors: after any kill the same command goes on,
+to the same weights as without. The target reads the texts again in every epoch, so no hidden states
+are kept. One process.
 """
 import contextlib
 import hashlib
@@ -127,7 +128,10 @@ def make_answers(args, target: Transformer, tokenizer: Tokenizer, prompts: list[
                 if p.number not in done:
                     words = [t for t in tokens if t not in tokenizer.eos_ids]
                     log.append({"number": p.number, "prompt": p.text,
-                                "answer": tokenizer.decode_new(p.ids, words), "tokens": tokens})
+                                "answer": tokenizer.decode_new(p.ids, words), "tokens": tokens,
+                                "source_model": args.target.resolve().name, "chat": args.chat,
+                                "ended": len(words) < len(tokens),
+                                "max_new_tokens": args.max_new_tokens})
                 bar.update()
         if log.end() > log.size:
             log.open()  # writes the line end that a kill left out

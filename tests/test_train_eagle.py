@@ -232,8 +232,9 @@ def test_a_head_learns_its_targets_answers_and_belongs_to_it(monkeypatch, home, 
     assert not any(t in load_file(out / "model.safetensors")
                    for t in ("embed_tokens.weight", "lm_head.weight"))
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and all(line.keys() == {"number", "prompt", "answer", "tokens"}
-                                   for line in lines)
+    assert len(lines) == 6
+    assert {(a["source_model"], a["chat"], a["ended"], a["max_new_tokens"]) for a in lines} == {
+        ("target", False, False, 12)}  # what make_judge_data.py's mine reads
     texts = []
     for line in lines:
         ids = tokenizer.prompt(line["prompt"])
