@@ -9,7 +9,14 @@ import pytest
 from common import UserError
 from demo import open_prompts as P
 from drafters.answering import answer
-from helpers import ROOT, one_thread, random_model, run_command, save_checkpoint, tiny_config  # noqa: F401
+from helpers import (
+    ROOT,
+    one_thread,  # noqa: F401
+    random_model,
+    run_command,
+    save_checkpoint,
+    tiny_config,
+)
 from tokenizer import Tokenizer
 
 DEMO = ROOT / "checkpoints" / "demo" / "target"
@@ -86,7 +93,7 @@ def test_groups_go_on_with_other_seeds_until_enough_are_kept(monkeypatch, home, 
 
 
 def test_a_model_writes_them_itself(monkeypatch, home, tmp_path):
-    """A random one: with most tokens as EOS its turns end soon; twice the same command, one file."""
+    """A random one: with most tokens as EOS its turns end soon. Twice one command: one file."""
     many = list(range(2, 900))
     monkeypatch.setattr(P, "SHORTEST", 1)
     monkeypatch.setattr(P, "answer", lambda target, prompts, room, eos_ids, *more: [
