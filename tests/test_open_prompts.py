@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from common import UserError
 from demo import open_prompts as P
 from drafters.answering import answer
 from helpers import (
