@@ -8,9 +8,10 @@ draft's and the target's distributions. A chain of drafts goes on from the head'
 so it is trained on them too: --unroll steps, each on what the step before predicted (HASS, arXiv
 2408.15766; EAGLE-3's training-time test, arXiv 2503.01840). The target's weights stay as they are.
 
-Answers are on disk as they are made, in OUT/answers.jsonl, and the state of training is in
-OUT/train.safetensors: after any kill the same command goes on, to the same weights as without. The
-target reads the texts again in every epoch, so no hidden states are kept. One process.
+Answers are on disk as they are made, in OUT/answers.jsonl, which make_judge_data.py's mine reads
+too, and the state of training is in OUT/train.safetensors: after any kill the same command goes on,
+to the same weights as without. The target reads the texts again in every epoch, so no hidden states
+are kept. One process.
 """
 import contextlib
 import hashlib
@@ -46,12 +47,14 @@ from common import (
     say,
     whole,
 )
+from drafters.answering import answer
 from drafters.eagle_head import EagleHead
 from drafters.eagle_training import (
     DEPTH,
     Text,
     columns,
     embeds_of,
+    frequent,
     loss_of,
     order,
     played,
@@ -61,7 +64,6 @@ from drafters.eagle_training import (
 )
 from evaluation.report import table
 from formats.answer_log import AnswerLog, saved_settings
-from judge import COLDEST, probabilities, sample, top1
 from judge_data.data import split
 from load import add_device_flags, dtype_name, load_model, read_vocabulary, resolve_device
 from model import ModelConfig, Transformer
@@ -109,43 +111,6 @@ def groups(prompts: list[Prompt]) -> list[list[Prompt]]:
     return [ordered[i:i + TOGETHER] for i in range(0, len(ordered), TOGETHER)]
 
 
-@torch.inference_mode()
-def answer(target: Transformer, prompts: list[list[int]], room: int, eos_ids, temperature: float,
-           seed: int) -> list[list[int]]:
-    """The target's own answers, up to `room` tokens or EOS (kept), to prompts side by side.
-
-    All texts stand at the same positions: longer prompts are still read while others are answered.
-    """
-    device, lengths = target.norm.weight.device, torch.tensor([len(p) for p in prompts])
-    start, end = min(map(len, prompts)), min(max(map(len, prompts)) + room,
-                                             target.config.max_seq_len)
-    rng = torch.Generator(device).manual_seed(seed)
-    text = torch.zeros(len(prompts), end, dtype=torch.long)
-    for row, ids in zip(text, prompts):
-        row[:len(ids)] = torch.tensor(ids)
-    text, lengths, eos = text.to(device), lengths.to(device), torch.tensor(eos_ids, device=device)
-    ends, pos = (lengths + room).clamp(max=end), torch.arange(end, device=device)
-    cache, rows = target.new_cache(end, len(prompts)), torch.arange(len(prompts), device=device)
-    tokens, at = text[:, :start], pos[:start]
-    for i in range(start, end):
-        logits = target.output(target.features(tokens, at, cache.first(i))[:, -1])
-        if temperature > COLDEST:
-            noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=rng)
-            new = sample(probabilities(logits, temperature), noise)
-        else:
-            new = top1(logits)
-        text[rows, i] = new = torch.where(i < lengths[rows], text[rows, i], new)
-        stopped = rows[(i >= lengths[rows]) & torch.isin(new, eos)]
-        ends[stopped] = ends[stopped].clamp(max=i + 1)
-        going = ends[rows] > i + 1
-        if not going.any():
-            break
-        if 2 * going.sum() <= len(rows):  # not for every answer that ends: the cache is copied
-            rows, cache.kv = rows[going], [kv[:, :, going] for kv in cache.kv]
-        tokens, at = text[rows, i:i + 1], pos[i:i + 1]
-    return [row[a:b] for row, a, b in zip(text.tolist(), lengths.tolist(), ends.tolist())]
-
-
 def make_answers(args, target: Transformer, tokenizer: Tokenizer, prompts: list[Prompt],
                  log: AnswerLog):
     """Add the answers that the log lacks, and close it."""
@@ -163,7 +128,10 @@ def make_answers(args, target: Transformer, tokenizer: Tokenizer, prompts: list[
                 if p.number not in done:
                     words = [t for t in tokens if t not in tokenizer.eos_ids]
                     log.append({"number": p.number, "prompt": p.text,
-                                "answer": tokenizer.decode_new(p.ids, words), "tokens": tokens})
+                                "answer": tokenizer.decode_new(p.ids, words), "tokens": tokens,
+                                "source_model": args.target.resolve().name, "chat": args.chat,
+                                "ended": len(words) < len(tokens),
+                                "max_new_tokens": args.max_new_tokens})
                 bar.update()
         if log.end() > log.size:
             log.open()  # writes the line end that a kill left out
@@ -186,6 +154,9 @@ def train(args, target: Transformer, texts: list[Text], made: dict) -> EagleHead
     head = EagleHead.new(target.config, made["target"], args.ffn_dim).to(args.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, betas=(0.9, 0.95))
     taken, target_head = resume(args, head, optimizer, made), columns(target)
+    if args.draft_vocab_size:
+        ids = frequent(texts, args.draft_vocab_size, target.config.vocab_size).to(args.device)
+        target_head = target_head[ids]
     batches = [b for epoch in range(args.epochs)
                for b in order(texts, args.batch, args.seed, epoch)]
     saved, losses = time.monotonic(), []
@@ -205,6 +176,8 @@ def train(args, target: Transformer, texts: list[Text], made: dict) -> EagleHead
                 losses = []
     refuse((not all(map(is_finite, head.parameters())), "training gave no finite weights; lower "
             f"--lr, and remove {args.out / STATE} if it is there"))
+    if args.draft_vocab_size:
+        head.narrow(ids, target_head)
     return head
 
 
@@ -300,6 +273,8 @@ def parse_args(argv=None):
     p.add_argument("--temperature", type=float, default=0.0,
                    help="of the answers (default 0: greedy)")
     p.add_argument("--ffn_dim", type=int, help="of the head's layer; default the target's")
+    p.add_argument("--draft_vocab_size", type=int, metavar="N", help="draft only the answers' N "
+                   "most frequent tokens: a draft step costs mostly the LM head; default all")
     p.add_argument("--unroll", type=int, default=4,
                    help="drafts in a row that are trained, each on the head's prediction before it "
                    "(default 4; 1: EAGLE-1)")
@@ -319,7 +294,8 @@ def parse_args(argv=None):
 
 def check_args(args):
     """Everything about the flags that can be refused before the target is read."""
-    whole_numbers = "limit", "max_new_tokens", "ffn_dim", "unroll", "epochs", "batch"
+    whole_numbers = ("limit", "max_new_tokens", "ffn_dim", "unroll", "epochs", "batch",
+                     "draft_vocab_size")
     refuse(
         *((getattr(args, flag) is not None and getattr(args, flag) < 1,
            f"--{flag} is {getattr(args, flag)}; it must be at least 1") for flag in whole_numbers),
@@ -355,7 +331,8 @@ def training_memory(args, config: ModelConfig, longest: int) -> Memory:
     with torch.device("meta"):
         head = EagleHead.new(config, "", args.ffn_dim)
     c, weights = head.config, sum(p.numel() for p in head.parameters())
-    token = 16 * c.dim + 6 * c.ffn_dim + 4 * c.n_head * longest + 4 * c.vocab_size
+    columns = args.draft_vocab_size or c.vocab_size
+    token = 16 * c.dim + 6 * c.ffn_dim + 4 * c.n_head * longest + 4 * columns
     states = max(args.batch, longest) * args.unroll * token
     return Memory(4 * (4 * weights + c.vocab_size * c.dim), 0, 4 * states)
 
@@ -363,6 +340,8 @@ def training_memory(args, config: ModelConfig, longest: int) -> Memory:
 def main():
     args = parse_args()
     config, tokenizer = read_vocabulary(args.target)
+    refuse(((args.draft_vocab_size or 0) > config.vocab_size, "--draft_vocab_size is "
+            f"{args.draft_vocab_size}, the target's vocabulary {config.vocab_size}"))
     prompts = read_prompts(args, config, tokenizer)
     made = {"target": fingerprint(args.target), "seed": args.seed}
     check_out(args.out, made["target"])
@@ -389,7 +368,7 @@ def main():
             "with an answer of two tokens or more; give more prompts"))
     made |= {"device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
              "texts": hash_of(texts), **{key: getattr(args, key) for key in (
-        "ffn_dim", "unroll", "epochs", "batch", "lr", "val_share")}}
+        "ffn_dim", "draft_vocab_size", "unroll", "epochs", "batch", "lr", "val_share")}}
     say(f"{len(parts[0]):,} answers of {sum(len(t.ids) - t.start for t in parts[0]):,} tokens to "
         f"train on, {len(parts[1]):,} held out")
     head = train(args, target, parts[0], made)

@@ -2,9 +2,10 @@
 
 It reads pairs (state of token i, embedding of token i + 1) and predicts what follows token i + 1.
 Version 1 is EAGLE-1's and EAGLE-2's (arXiv 2401.15077, 2406.16858): the state is the target's last
-one, the layer predicts the next such state, and the target's LM head reads it. Version 3 is
-EAGLE-3's (arXiv 2503.01840): the state is fused from three layers of the target, and the head has
-an LM head of its own, often for a part of the vocabulary. Files have the published names.
+one, the layer predicts the next such state, and the target's LM head reads it, or a copy of its
+rows for the most frequent tokens (FR-Spec, arXiv 2502.14856). Version 3 is EAGLE-3's (arXiv
+2503.01840): the state is fused from three layers of the target, and the head has an LM head of its
+own, often for a part of the vocabulary. Files have the published names.
 """
 import math
 from collections.abc import Iterable
@@ -121,6 +122,11 @@ class EagleHead(nn.Module):
         every = logits.new_full((*logits.shape[:-1], self.config.vocab_size), -math.inf)
         return every.index_copy(-1, self.ids, logits)
 
+    def narrow(self, ids: Tensor, rows: Tensor):
+        """Draft only the tokens `ids` [n], by the target's LM head's rows for them [n, D]."""
+        self.output = linear(None, self.config.dim, len(ids)).to(rows.device)
+        self.output.weight.data, self.ids = rows, ids
+
     # ------------------------------------------------------------ files
 
     @classmethod
@@ -142,6 +148,10 @@ class EagleHead(nn.Module):
             rows = [shape[0] for shape in parts.values()]
             split = self.get_parameter(name).detach().to("cpu", dtype).split(rows)
             tensors |= dict(zip(parts, split))
+        if self.ids is not None:
+            ids = self.ids.cpu()
+            tensors |= dict(d2t=ids - torch.arange(len(ids)), t2d=torch.isin(
+                torch.arange(self.config.vocab_size), ids))
         make_directory(directory)
         write_json(Path(directory, "config.json"), self.hf_config(source_config, dtype))
         write_tensors(Path(directory, "model.safetensors"), tensors, {"format": "pt"})
@@ -155,7 +165,8 @@ class EagleHead(nn.Module):
             "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
             "head_dim": c.head_dim, "intermediate_size": c.ffn_dim, "rms_norm_eps": c.norm_eps,
             "tie_word_embeddings": False, "torch_dtype": str(dtype).removeprefix("torch."),
-            "bias": self.fc.bias is not None, "eagle_target": self.target}
+            "bias": self.fc.bias is not None, "eagle_target": self.target} | (
+            {} if self.ids is None else {"draft_vocab_size": len(self.ids)})
 
     @classmethod
     def load(cls, directory, target_config: ModelConfig, target_name, fingerprint: str,
@@ -342,7 +353,7 @@ def check_tensors(directory, head: EagleHead, tensors: dict):
     """Refuse a file that lacks a tensor of the head, has another, or one of another shape."""
     parts = published(head, layer_of(tensors))
     expected = {name: shape for part in parts.values() for name, shape in part.items()}
-    if head.version == 3 and "d2t" in tensors:
+    if head.output is not None and "d2t" in tensors:
         maps = dict(d2t=[head.output.weight.shape[0]], t2d=[head.config.vocab_size])
         expected |= {name: shape for name, shape in maps.items() if name in tensors}
     missing = next((name for name in expected if name not in tensors), None)

@@ -74,6 +74,16 @@ def columns(target: Transformer) -> Tensor:
         return target.output(torch.eye(len(w), dtype=w.dtype, device=w.device)).T.float()
 
 
+def frequent(texts: list[Text], n: int, vocab_size: int) -> Tensor:
+    """The n most frequent tokens of the answers, int64 [n], ascending; of a tie the smaller ids:
+    a BPE's earlier merges.
+    """
+    counts = torch.zeros(vocab_size, dtype=torch.long)
+    for t in texts:
+        counts += torch.bincount(torch.tensor(t.ids[t.start:]), minlength=vocab_size)
+    return counts.sort(descending=True, stable=True).indices[:n].sort().values
+
+
 def embeds_of(head: EagleHead, target: Transformer, ids: Tensor) -> Tensor:
     """The next token's embedding at every token, [B, S, D]; the last has none."""
     return F.pad(head.embed(ids[:, 1:], target), (0, 0, 0, 1))
@@ -130,7 +140,8 @@ def loss_of(head: EagleHead, target_head: Tensor, embeds: Tensor, hidden: Tensor
 
     Smooth L1 of predicted and true state, plus CROSS_ENTROPY times that of the draft's and the
     target's distribution (less the target's entropy, which has no gradient).
-    target_head [V, D]: the target's LM head. hidden [B, S, D] without noise, noise [B, S, D].
+    target_head [V, D]: the target's LM head, or its rows for the tokens that are drafted; then both
+    distributions are over these. hidden [B, S, D] without noise, noise [B, S, D].
     """
     true, total = hidden[:, 1:].float(), 0.0
     logp = (hidden[:, 1:] @ target_head.T).float().log_softmax(-1)

@@ -34,6 +34,7 @@ CASES = {
     "EAGLE-1, grouped": (1, 2, set()),
     "EAGLE-1, exported": (1, 2, {"layers.0.input_layernorm.weight", "lm_head.weight",
                                  "layers.0.self_attn.q_proj.bias"}),
+    "EAGLE-1, frequent tokens": (1, 2, {"lm_head.weight", "d2t", "t2d"}),
     "EAGLE-3": (3, 2, {"d2t", "t2d"}),
     "EAGLE-3, every token": (3, 4, {"embed_tokens.weight"}),
 }
@@ -69,7 +70,8 @@ def random_head(version: int, kv_heads: int, extra: set, seed=0) -> tuple[dict, 
                   hidden_size=D, intermediate_size=FFN, num_hidden_layers=1, bias=False,
                   num_attention_heads=4, num_key_value_heads=kv_heads, rms_norm_eps=1e-4,
                   rope_theta=ROPE, hidden_act="silu", max_position_embeddings=128)
-    return config | (dict(draft_vocab_size=columns) if version == 3 else {}), tensors
+    return config | (
+        dict(draft_vocab_size=columns) if version == 3 or "d2t" in extra else {}), tensors
 
 
 def write_head(directory, case: str, seed=0):
@@ -292,6 +294,19 @@ def test_new_save_and_load(tmp_path, target):
     torch.testing.assert_close(y[1:], one)
     y.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in head.parameters())
+
+
+def test_a_narrowed_head_drafts_these_tokens_as_the_whole_one(tmp_path, target):
+    ids = torch.tensor([0, 7, 99])
+    head = EagleHead.new(target.config, "f00d").double()
+    x = torch.randn(4, D, dtype=torch.float64)
+    whole = head.logits(x, target)
+    head.narrow(ids, target.output.weight[ids])
+    head.save(tmp_path / "head", TARGET, torch.float32)  # as the target's random weights were
+    for narrow in head, load_head(tmp_path / "head", target):
+        logits = narrow.logits(x, target)
+        torch.testing.assert_close(logits[:, ids], whole[:, ids])
+        assert logits.isfinite().sum(-1).tolist() == [3] * 4
 
 
 @pytest.mark.parametrize("case", CASES)

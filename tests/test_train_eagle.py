@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -231,8 +232,9 @@ def test_a_head_learns_its_targets_answers_and_belongs_to_it(monkeypatch, home, 
     assert not any(t in load_file(out / "model.safetensors")
                    for t in ("embed_tokens.weight", "lm_head.weight"))
     lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and all(line.keys() == {"number", "prompt", "answer", "tokens"}
-                                   for line in lines)
+    assert len(lines) == 6
+    assert {(a["source_model"], a["chat"], a["ended"], a["max_new_tokens"]) for a in lines} == {
+        ("target", False, False, 12)}  # what make_judge_data.py's mine reads
     texts = []
     for line in lines:
         ids = tokenizer.prompt(line["prompt"])
@@ -253,6 +255,26 @@ def test_a_head_learns_its_targets_answers_and_belongs_to_it(monkeypatch, home, 
             train(monkeypatch, home, out, target=name)
         assert message in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_head_for_the_most_frequent_tokens(monkeypatch, home, tmp_path, capsys):
+    """Of the training answers, with the target's own rows for them; the loss is over these."""
+    out, seen = tmp_path / "eagle", []
+    real = T.loss_of
+    monkeypatch.setattr(T, "loss_of", lambda head, columns, *more: (
+        seen.append(columns), real(head, columns, *more))[1])
+    train(monkeypatch, home, out, "--draft_vocab_size", 5, "--val_share", 0.2)
+    target = load(home / "target", "cpu", torch.float32)
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    lines = sorted(lines, key=lambda line: line["number"])
+    held = T.split([{"prompt": line["prompt"]} for line in lines], 0.2, 0)
+    counts = Counter(t for line, h in zip(lines, held) if not h for t in line["tokens"])
+    want = sorted(sorted(range(1024), key=lambda t: (-counts[t], t))[:5])
+    head = EagleHead.load(out, target.config, "target", fingerprint(home / "target"))
+    assert head.ids.tolist() == want
+    rows = target.output.weight[want]
+    assert torch.equal(head.output.weight, rows.bfloat16().float())
+    assert all(torch.equal(columns, rows) for columns in seen) and seen
 
 
 def test_the_demos_head_drafts_its_target():
@@ -358,6 +380,8 @@ BAD = (
     (("x",), ("--out", "no/where"), "no is not a directory"),
     (("x",), ("--out", "target"), "is also a file of --target"),
     (("x",), ("--out", "another"), "--out another holds another target's head, or another"),
+    (("x",), ("--draft_vocab_size", 0), "--draft_vocab_size is 0; it must be at least 1"),
+    (("x",), ("--draft_vocab_size", 1025), "--draft_vocab_size is 1025, the target's vocabulary"),
     (("x",), ("--epochs", 0), "--epochs is 0; it must be at least 1"),
     (("x",), ("--unroll", 0), "--unroll is 0; it must be at least 1"),
     (("x",), ("--lr", 0), "--lr is 0.0; it must be above 0, up to 1"),
