@@ -414,8 +414,8 @@ def parse_args(argv=None):
                    f"likely by this much on the mean, in nats a token (default {BOUND})")
     m.add_argument("--window", type=int,
                    help=f"selfjudge: tokens after the swap that count (default {WINDOW})")
-    m.add_argument("--speculate_k", type=int, default=8,
-                   help="drafted tokens per round (default 8)")
+    m.add_argument("--speculate_k", type=int,
+                   help="the first two: drafted tokens per round of the target (default 8)")
     m.add_argument("--out", type=Path, required=True, help="judge data")
     for c in (g, m):
         c.add_argument("--allow_code_execution", action="store_true",
@@ -439,8 +439,10 @@ def parse_args(argv=None):
         args.temperatures = temperatures(args.temperatures)
     if args.command == "mine" and args.method == "first_error":
         args.search = args.search or "scan"
-    if args.command == "mine" and args.method == "selfjudge":
-        args.bound, args.window = args.bound or BOUND, args.window or WINDOW
+    if args.command == "mine":
+        args.speculate_k = args.speculate_k or 8
+        if args.method == "selfjudge":
+            args.bound, args.window = args.bound or BOUND, args.window or WINDOW
     return args
 
 
@@ -468,6 +470,8 @@ def check_args(args):
                ("search", "first_error"), ("bound", "selfjudge"), ("window", "selfjudge"))),
         (given("bound") is not None and not 0 < given("bound") < math.inf,
          f"--bound is {given('bound')}; it must be a number above 0"),
+        (method == "selfjudge" and given("speculate_k"),
+         "--speculate_k is of the target's continuations, and selfjudge asks for none"),
         (merging and not 0 < given("val_share") < 1,
          f"--val_share is {given('val_share')}; it must be between 0 and 1"),
         (merging and job.world() > 1, "merge runs no model; start it with python"))

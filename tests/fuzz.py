@@ -204,6 +204,10 @@ BASES = [
          "autojudge --out new.jsonl", "answers.jsonl target draft", "new.jsonl new.jsonl.part "
          "new.jsonl.part.settings.json", "", "--speculate_k", "--method --search --device",
          weight=2),
+    Base("make_judge_data.py mine --data answers.jsonl --target target --draft draft --method "
+         "selfjudge --bound 0.3 --out new.jsonl", "answers.jsonl target draft", "new.jsonl "
+         "new.jsonl.part new.jsonl.part.settings.json", "", "--bound --window", "--method --device",
+         weight=2),
     Base("make_judge_data.py merge data.jsonl more.jsonl data.jsonl.gz --train train.jsonl --val "
          "val.jsonl --target old", "data.jsonl more.jsonl data.jsonl.gz old",
          "train.jsonl val.jsonl", "", "--val_share --seed", "", weight=4),

@@ -308,6 +308,7 @@ def test_refusals(open_answers, tmp_path):
             (["selfjudge", *draft, "--bound", "inf"], "--bound is inf"),
             (["selfjudge", *draft, "--window", "0"], "--window is 0; it must be at least 1"),
             (["selfjudge", *draft, "--search", "scan"], "--search is for --method first_error"),
+            (["selfjudge", *draft, "--speculate_k", "4"], "--speculate_k is of the target's cont"),
             (["autojudge", *draft, "--bound", "1"], "--bound is for --method selfjudge"),
             (["first_error", "--window", "9"], "--window is for --method selfjudge"),
             (["autojudge", *draft], "no answers of a task with a checker .* --method selfjudge")):
