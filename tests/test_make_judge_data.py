@@ -204,7 +204,8 @@ def test_real_files_are_recognised(tmp_path, name, task, count):
     prompts = prompts_of(tmp_path, DATA / name, "--allow_code_execution")
     assert len(prompts) == count == len({p["example"]["id"] for p in prompts})
     assert {p["task"] for p in prompts} == {task} and all(p["text"] for p in prompts)
-    assert prompts[-1]["where"].endswith(f"line {count}")
+    last = prompts[-1]["example"]["id"]
+    assert prompts[-1]["where"] == f"{DATA / name}, {last}" or last == f"line {count}"
     assert prompts_of(tmp_path, DATA / name, "--allow_code_execution", "--limit", 3) == prompts[:3]
     if task == "humaneval":
         with pytest.raises(UserError, match="--allow_code_execution"):
