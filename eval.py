@@ -243,7 +243,7 @@ class Progress:
         self.sums = {row: [0, 0, 0, 0.0] for row in rows}  # answers, right, tokens, seconds
 
     def add(self, answer: dict, show=True):
-        new = 1, bool(answer["right"]), len(answer["tokens"]) - 1, answer["seconds"]
+        new = 1, bool(answer["right"]), report.made([answer]), answer["seconds"]
         self.sums[answer["rule"]] = [a + b for a, b in zip(self.sums[answer["rule"]], new)]
         self.done += 1
         due = time.monotonic() - self.last > QUIET or self.done == self.total
