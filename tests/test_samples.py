@@ -355,6 +355,16 @@ def test_the_second_turn_follows_the_first_answer(talk, capsys):
     assert files_but_time(talk.out) == before
 
 
+def test_no_file_for_fastchat_is_written_over_an_input(talk):
+    made = talk.out / "model_answer" / "target.jsonl"
+    made.parent.mkdir(parents=True)
+    shutil.copy(talk.data, made)
+    flags = [made if f == str(talk.data) else f for f in talk.flags]
+    with pytest.raises(UserError, match="model_answer/target.jsonl: .* is also --data"):
+        E.main([*map(str, flags), "--out", str(talk.out)])
+    assert made.read_bytes() == talk.data.read_bytes()
+
+
 def files_but_time(out):
     return {str(p): re.sub('"tstamp": [0-9.]+', "", p.read_text()) for p in out.rglob("*")
             if p.is_file()}
