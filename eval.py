@@ -275,9 +275,10 @@ def evaluate(args):
     two = next((e["id"] for e in examples if task.follow_up(e, [""]) is not None), None)
     refuse((two and not args.chat, f"{two} asks again after the first answer, which a base model "
             "cannot tell from more text; give --chat"))
-    known = examples if task.graded else task.load(args.data)  # read now: a bad line is no surprise
     log, settings = resume(args, task)
     done = saved_answers(log)
+    most = max((task.places[i].before + 1 for _, i, _ in done if i in task.places), default=0)
+    known = task.load(args.data, most) if args.limit and most > args.limit else examples
     units = [(row, i, sample) for i, e in enumerate(examples) for sample in range(args.samples)
              for row in args.rows]
     progress, missing = Progress(args.rows, len(units), task.graded), []
@@ -316,6 +317,8 @@ def rescore(args):
     log = AnswerLog(path, kinds=answer_kinds(task))
     answers, examples = saved_answers(log), {e["id"]: e for e in task.load(args.data)}
     refuse((not answers, f"{args.out} holds no answers"),
+           *((i in task.unplaced, f"{path} has an answer to {i}, whose check needs {task.needs}")
+             for _, i, _ in answers),
            *((i not in examples, f"{path} has an answer to {i}, which {args.data} has not")
              for _, i, _ in answers))
     log.open()  # refused while a run still adds to it
@@ -333,6 +336,7 @@ def conclude(args, task: Task, examples: dict, answers: dict, settings: dict):
 
     Exit code 1 if greedy standard left the target's text in float32.
     """
+    task.narrow({i for _, i, _ in answers})
     results = report.summarise(answers, settings, task.note(), task.left_out)
     text = report.markdown(results)
     write_json(args.out / "results.json", results)
