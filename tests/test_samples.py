@@ -383,6 +383,20 @@ def test_turns_are_sampled_and_each_sample_is_a_choice(talk, capsys):
     assert "%" not in shown.err and "8/8  target " in shown.err
 
 
+@pytest.mark.long
+def test_processes_make_the_same_turns(talk, tmp_path):
+    talk.data.write_text("".join(json.dumps({
+        "question_id": n, "category": "c", "turns": [f"Count {n} eggs.", "Again!"]}) + "\n"
+        for n in (81, 7)))
+    got = []
+    for n in "12":
+        E.main(["--task", "mt_bench", *talk.flags[2:], "--max_new_tokens", "10", "--out",
+                str(tmp_path / n), "--processes", n])
+        got.append(answers(tmp_path / n))
+    assert got[0] == got[1] and all(len(a["turns"]) == 2 for a in got[0].values())
+    assert len({a["turns"][1] for a in got[0].values()}) > 1
+
+
 @pytest.mark.parametrize("more, message", [
     ([], "talk/81 asks again after the first answer, .*; give --chat"),
     (["--chat", "--max_new_tokens", "240"], "the last prompt of talk/81 may have 2.. tokens with "
