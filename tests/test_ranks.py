@@ -35,7 +35,8 @@ pytestmark = pytest.mark.slow
 CPU = ("--device", "cpu")
 PAIR = ("--target", DEMO / "target", "--draft", DEMO / "draft")
 JUDGE = ("--judge", DEMO / "judge.safetensors")
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+TEMPLATE = ("Question: Mira has 3 eggs. {% for m in messages %}{{ m.content }}\n{% endfor %}"
+            "Answer: So")  # an opening that the demo's target goes on with
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -109,7 +110,7 @@ def made(tmp_path_factory):
                for i, (p, text) in enumerate(answers)]
     write(home / "data.jsonl", ({"prompt": p.prompt, "answer": text, "error": first_error(p, text)}
                                 for p, text in answers))
-    shutil.copytree(DEMO / "draft", home / "chat")
+    shutil.copytree(DEMO / "target", home / "chat")
     (home / "chat" / "chat_template.jinja").write_text(TEMPLATE)
     write(home / "talk.jsonl", [{"question_id": 8, "category": "c", "turns": ["Count.", "Again!"]}])
     for name in ("one", "two"):
