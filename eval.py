@@ -64,14 +64,13 @@ from evaluation.saved import (
     answer_kinds,
     length,
     resume,
-    sampled,
     saved_answers,
 )
 from evaluation.task import Task
 from evaluation.tasks import TASKS
 from evaluation.turns import messages, questions, write_fastchat
 from formats.answer_log import AnswerLog, saved_settings, seed_of
-from judge import RULES
+from judge import COLDEST, RULES
 from load import (
     Loaded,
     add_device_flags,
@@ -88,6 +87,7 @@ from tokenizer import cut_at_stop, stop_check
 DEFAULT = "standard,topk:3"  # rules, after PLAIN and before those that need the judge
 WRITES = ("answers.jsonl", "settings.json", "results.json", "results.md", "accuracy.png",
           "replay.json", "replay.md")  # in --out
+ANSWERED = "model_answer"  # in --out too, a directory: of a task that another program grades
 QUIET = 60.0  # seconds between progress lines where they cannot be overwritten
 
 
@@ -190,7 +190,7 @@ class Session:
         (texts, results), example = self.generate(row, index, sample), self.examples[index]
         score = self.task.score(example, texts[-1])
         return {"rule": row, "id": example["id"], "domain": example["domain"],
-                **({"sample": sample} if sampled(self.args) else {}),
+                **({"sample": sample} if self.args.temperature else {}),
                 "right": score.right, "how": score.how,
                 "tokens": [t for r in results for t in r.tokens], "text": texts[-1],
                 **({"turns": texts} if len(texts) > 1 else {}),
@@ -244,7 +244,7 @@ class Progress:
         self.sums = {row: [0, 0, 0, 0.0] for row in rows}  # answers, right, tokens, seconds
 
     def add(self, answer: dict, show=True):
-        new = 1, bool(answer["right"]), len(answer["tokens"]) - 1, answer["seconds"]
+        new = 1, bool(answer["right"]), report.made([answer]), answer["seconds"]
         self.sums[answer["rule"]] = [a + b for a, b in zip(self.sums[answer["rule"]], new)]
         self.done += 1
         due = time.monotonic() - self.last > QUIET or self.done == self.total
@@ -276,9 +276,10 @@ def evaluate(args):
     two = next((e["id"] for e in examples if task.follow_up(e, [""]) is not None), None)
     refuse((two and not args.chat, f"{two} asks again after the first answer, which a base model "
             "cannot tell from more text; give --chat"))
-    known = examples if task.graded else task.load(args.data)  # read now: a bad line is no surprise
     log, settings = resume(args, task)
     done = saved_answers(log)
+    most = max((task.places[i].before + 1 for _, i, _ in done if i in task.places), default=0)
+    known = task.load(args.data, most) if args.limit and most > args.limit else examples
     units = [(row, i, sample) for i, e in enumerate(examples) for sample in range(args.samples)
              for row in args.rows]
     progress, missing = Progress(args.rows, len(units), task.graded), []
@@ -317,6 +318,8 @@ def rescore(args):
     log = AnswerLog(path, kinds=answer_kinds(task))
     answers, examples = saved_answers(log), {e["id"]: e for e in task.load(args.data)}
     refuse((not answers, f"{args.out} holds no answers"),
+           *((i in task.unplaced, f"{path} has an answer to {i}, whose check needs {task.needs}")
+             for _, i, _ in answers),
            *((i not in examples, f"{path} has an answer to {i}, which {args.data} has not")
              for _, i, _ in answers))
     log.open()  # refused while a run still adds to it
@@ -334,12 +337,13 @@ def conclude(args, task: Task, examples: dict, answers: dict, settings: dict):
 
     Exit code 1 if greedy standard left the target's text in float32.
     """
+    task.narrow({i for _, i, _ in answers})
     results = report.summarise(answers, settings, task.note(), task.left_out)
     text = report.markdown(results)
     write_json(args.out / "results.json", results)
     write_text(args.out / "results.md", text)
     if not task.graded:
-        write_fastchat(args.out / "model_answer", answers, examples, settings["target"])
+        write_fastchat(args.out / ANSWERED, answers, examples, settings["target"])
     note = report.plot(results, args.out / "accuracy.png")
     say(text.removesuffix("\n"))
     if note:
@@ -430,6 +434,8 @@ def check_args(args):
     table = {rule: RULES.get(parse_rule(rule, PLAIN)[0]) for rule in args.rules}  # None: PLAIN
     first = lambda holds: next((rule for rule, row in table.items() if holds(row)), None)
     plain, making = first(lambda row: row is None), not (args.rescore or args.replay)
+    if 0 < args.temperature <= COLDEST:
+        args.temperature = 0.0  # greedy too
     args.k = "auto" if isinstance(args.speculate_k, Auto) else args.speculate_k or CHAIN
     judged = first(lambda row: row and row.needs_judge)
     comparing = first(lambda row: row and row.needs_draft_logits)
@@ -453,7 +459,7 @@ def check_args(args):
         (args.top_p is not None and not 0 < args.top_p <= 1,
          f"--top_p is {args.top_p}; it must be above 0 and at most 1"),
         (args.seed < 0, f"--seed is {args.seed}; it must be 0 or above"),
-        *((value and not sampled(args), f"--{flag} {value} needs --temperature above 0: greedy "
+        *((value and not args.temperature, f"--{flag} {value} needs --temperature above 0: greedy "
            "answers are all the same") for flag, value in (
                ("samples", args.samples > 1 and args.samples), ("top_k", args.top_k),
                ("top_p", args.top_p))),
@@ -466,7 +472,7 @@ def check_args(args):
          "--judge needs --draft: the judge says which drafted tokens to accept"),
         (args.replay and (args.drafters or args.eagle or args.tree), "--replay takes its texts for "
          "the drafts; leave out --drafters, --eagle and --tree"),
-        (args.replay and sampled(args), "--replay is greedy; leave out --temperature"),
+        (args.replay and args.temperature, "--replay is greedy; leave out --temperature"),
         (args.replay and args.k == "auto", "--speculate_k auto chooses how much is drafted, and "
          "--replay drafts nothing; give a number"),
         (args.speculate_k is not None and args.speculate_k < 1,
@@ -485,7 +491,8 @@ def check_args(args):
             graphs.check_compiler(args.device)
     if args.out:
         check_writable(args.out / "answers.jsonl" if args.out.is_dir() else args.out)
-        check_apart({f"--out's {name}:": args.out / name for name in WRITES}, {
+        old = [f"{ANSWERED}/{path.name}" for path in (args.out / ANSWERED).glob("*.jsonl")]
+        check_apart({f"--out's {name}:": args.out / name for name in (*WRITES, *old)}, {
             "--data": args.data, "--target": args.target, "--draft": args.draft,
             "--judge": args.judge, "--eagle": args.eagle,
             **{f"--replay {path}": path for path in args.replay or ()}})

@@ -44,6 +44,7 @@ from common import (
     refuse,
     replacing,
     say,
+    tell,
     visible,
     whole,
 )
@@ -69,6 +70,7 @@ from ranks import job
 from ranks.memory import check_memory, reserved
 from tokenizer import Tokenizer, cut_at_stop, stop_check
 
+PLAIN = "none"  # as --task: prompts without a checker, whatever else a line holds
 GRADED = [name for name, task in TASKS.items() if task.graded]
 MAX_NEW_TOKENS = 512  # of an answer to a prompt of no task
 BOUND, WINDOW = 0.4, 32  # of selfjudge: chosen on 60 prompts of the demo, see RESULTS.md
@@ -99,15 +101,17 @@ def read_prompts(args) -> list[dict]:
 
     The first line tells the format.
     """
-    lines = () if args.task else json_lines(args.prompts, holding="examples")
+    lines = json_lines(args.prompts, holding="examples") if args.task in (None, PLAIN) else ()
     name = args.task or next((name for name in GRADED if not missing(TASKS[name], lines[0].value)),
-                             None)
-    if name:
+                             PLAIN)
+    if name != PLAIN:
         task = TASKS[name](allow_code_execution=args.allow_code_execution)
         task.check()
         ask = task.chat if args.chat else task.prompt
-        prompts = [{"where": f"{args.prompts}, {e['id']}", "task": name, "example": e,
-                    "text": ask(e)} for e in task.load(args.prompts)]
+        prompts = [{"where": task.places[e["id"]].where, "task": name, "example": e,
+                    "text": ask(e)} for e in task.load(args.prompts, args.limit)]
+        if task.left_out:
+            tell(f"{len(task.left_out):,} prompts are left out. {task.note()}")
     else:
         prompts = [plain(line) for line in lines]
     counts, kept = Counter(), []
@@ -171,8 +175,10 @@ def make_answers(args):
         return
     prompts, models = read_prompts(args), names_of(args.models)
     check_fit(prompts, models, args.chat)
+    name = prompts[0]["task"]
     log = open_log(args.out, {
-        "prompts": file_hash(args.prompts), "task": prompts[0]["task"], "chat": args.chat,
+        "prompts": TASKS[name]().fingerprint(args.prompts) if name else file_hash(args.prompts),
+        "task": name, "chat": args.chat,
         "max_new_tokens": args.max_new_tokens, "seed": args.seed,
         "device": torch.device(args.device).type,
         "dtype": dtype_name(args.dtype),
@@ -257,6 +263,18 @@ def labels(args, lines: list[dict], todo: list[dict]):
     print(miner.report())
 
 
+def check_tasks(args, lines: list[dict]):
+    """Refuse answers that cannot be graded here, before any model is loaded."""
+    tasks = {name: TASKS[name](allow_code_execution=args.allow_code_execution)
+             for name in dict.fromkeys(line["task"] for line in lines)}
+    for task in tasks.values():
+        task.check()
+    for line in lines:
+        task = tasks[line["task"]]
+        refuse((task.ungradable(line["example"]), f"{line['where']}: an answer of {task.name}, "
+                f"whose check needs {task.needs}"))
+
+
 def mine(args):
     """Label what can be labelled.
 
@@ -276,6 +294,8 @@ def mine(args):
          and any(a["task"] == "humaneval" for a in usable),
          f"{args.data} has answers of humaneval, which runs what the models write: read what "
          "evaluation/sandbox.py protects from, then give --allow_code_execution"))
+    if args.method != "selfjudge":
+        check_tasks(args, usable)
     group = {}
     for line in usable:  # one prompt's answers together: they share the cache
         group.setdefault((line["prompt"], line["chat"]), []).append(line)
@@ -390,8 +410,9 @@ def parse_args(argv=None):
     g.add_argument("--temperatures", default="0,0.7", help="list; 0 is greedy (default 0,0.7)")
     g.add_argument("--samples", type=int, default=1,
                    help="answers at each temperature above 0 (default 1)")
-    g.add_argument("--task", choices=GRADED,
-                   help="the prompts' benchmark (default: told by the first line)")
+    g.add_argument("--task", choices=[*GRADED, PLAIN],
+                   help=f"the prompts' benchmark, or {PLAIN}, which grades no answer (default: "
+                   "told by the first line)")
     g.add_argument("--limit", type=int, help="prompts of each domain; default all")
     g.add_argument("--max_new_tokens", type=int,
                    help=f"default: the task's, without one {MAX_NEW_TOKENS}")

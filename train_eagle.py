@@ -60,10 +60,9 @@ from drafters.eagle_training import (
     played,
     read_texts,
     runs,
-    seed_of,
 )
 from evaluation.report import table
-from formats.answer_log import AnswerLog, saved_settings
+from formats.answer_log import AnswerLog, saved_settings, seed_of
 from judge_data.data import split
 from load import add_device_flags, dtype_name, load_model, read_vocabulary, resolve_device
 from model import ModelConfig, Transformer

@@ -8,7 +8,9 @@ target's states after the final norm, before it, or some layers earlier. One tab
 
 The target reads the answers once, for all heads. Each seed splits the prompts anew: one part trains
 the heads, one chooses class weight, weight decay and epoch as train_judge.py does and finds the
-thresholds, and the AUC is that of a third part that nothing was chosen on. Intervals are 95%
+thresholds, and the AUC is that of a third part that nothing was chosen on. A head with a hidden
+layer takes the class weight of the best linear head at its place: that is not chosen for it.
+Intervals are 95%
 bootstrap intervals over whole prompts; those of a difference to the first row, the head that
 ships, draw the same prompts for both. With --task the engine runs every head on the problems,
 greedily, at the thresholds that let through --shares of the errors of the choosing part.
@@ -29,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import refuse, run, say
-from drafters.choice import make_drafter
+from drafters.choice import CHAIN, make_drafter
 from drafters.eagle_head import is_eagle
 from engine import Engine, generate
 from evaluation.report import table
@@ -235,11 +237,12 @@ def run_draws(runs: list[list[tuple]], samples: int) -> tuple[Tensor, Tensor]:
 
 def play(engine: Engine, tokenizer, problems: list, task, args) -> list[tuple]:
     """(tokens accepted, rounds, right) of each problem."""
-    rows = []
+    rows, stops = [], () if args.chat else task.stop
     for example, prompt in problems:
         r = generate(engine, prompt, args.max_new_tokens or task.max_new_tokens,
-                     tokenizer.eos_ids, stop=stop_check(tokenizer, prompt, task.stop))
-        text = cut_at_stop(tokenizer.decode_new(prompt, r.tokens), task.stop)
+                     tokenizer.eos_ids, stop=stop_check(tokenizer, prompt, stops))
+        new = [t for t in r.tokens if t not in tokenizer.eos_ids]
+        text = cut_at_stop(tokenizer.decode_new(prompt, new), stops)
         rows.append((r.mean_accepted * r.rounds, r.rounds, bool(task.score(example, text).right)))
     return rows
 
@@ -310,11 +313,13 @@ def parse_args(argv=None):
     p.add_argument("--target", type=Path, required=True)
     p.add_argument("--data", type=Path, required=True, help="judge data, JSON Lines")
     p.add_argument("--draft", type=Path, help="a checkpoint or an EAGLE head; requires --task")
-    p.add_argument("--task", choices=TASKS, help="run the heads on this task")
+    p.add_argument("--task", choices=[name for name, task in TASKS.items() if task.graded
+                                      and name != "humaneval"], help="run the heads on this task")
     p.add_argument("--problems", type=Path, help="its file")
     p.add_argument("--limit", type=int, default=40, help="problems of each domain (default 40)")
     p.add_argument("--max_new_tokens", type=int, help="default: the task's")
-    p.add_argument("--speculate_k", type=int, default=16)
+    p.add_argument("--speculate_k", type=int, default=CHAIN,
+                   help=f"drafted tokens per round (default {CHAIN})")
     p.add_argument("--chat", action="store_true", help="prompts in the chat template")
     p.add_argument("--earlier", type=lambda t: [int(n) for n in t.split(",")], default=[1, 2, 4],
                    help="how many layers before the last one's output to read (default 1,2,4)")
@@ -337,6 +342,8 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.task:
+        TASKS[args.task]().check()
     eagle = args.draft if args.draft and is_eagle(args.draft) else None
     models = load_models(args.target, None if eagle else args.draft, device=args.device,
                          dtype=args.dtype, speculate_k=args.speculate_k if args.draft else 0,

@@ -31,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from common import UserError, json_lines, run, write_text
+from common import UserError, make_directory, refuse, run, write_text
 from demo.corpus import TASKS, first_error, problems
 from demo.pair import HOME
 from evaluation.report import table
 from judge_data.data import encode, read_data
 from judge_data.features import hidden_states
+from judge_data.miner import read_answers
 from judge_data.report import judged, measure
 from load import load_judge, load_models
 
@@ -88,12 +89,12 @@ def mark_rows(files: dict[str, list[tuple]]) -> list[list[str]]:
     rows = [["marks", "swaps", "errors", "marked", "precision", "recall"]]
     known = known_problems([{"prompt": s[0]} for found in files.values() for s in found])
     for name, found in files.items():
-        right = []
+        right = []  # (is it an error, is it marked) of each swap in a text that was right up to it
         for prompt, text, start, marked, _ in found:
             at = first_error(known[prompt], text)
             if at is None or at[1] > start:  # else the text was wrong before the swap
                 right.append((at is not None, marked))
-        errors, marks = (sum(column) for column in zip(*right))
+        errors, marks = sum(error for error, _ in right), sum(marked for _, marked in right)
         hits = sum(error and marked for error, marked in right)
         rows.append([name, f"{len(right):,}", f"{errors:,}", f"{marks:,}",
                      *(f"{hits / n:.1%}" if n else "–" for n in (marks, errors))])
@@ -139,16 +140,27 @@ def main():
                         help="held-out problems of each task (default 40)")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
+    one, three = bool(args.bounds), [bool(x) for x in (args.answers, args.exact, args.out)]
+    refuse((one == any(three) or one != (not all(three)) or one and args.mined,
+            "give --answers, --exact and --out, with --mined the files to compare, or --bounds "
+            "alone"),
+           *((value < 1, f"--{flag} is {value}; it must be at least 1") for flag, value in (
+               ("limit", args.limit), ("processes", args.processes))))
     if args.bounds:
-        print(table(mark_rows(at_bounds(list(swaps(read_data(args.bounds)))))))
+        found = list(swaps(read_data(args.bounds)))
+        refuse((not found, f"{args.bounds} holds no swap of a drafted token; give what "
+                "make_judge_data.py mine --method selfjudge wrote"),
+               (any(s[4] is None for s in found), f"{args.bounds} has swaps without a score, which "
+                "--method selfjudge alone writes"))
+        print(table(mark_rows(at_bounds(found))))
     else:
         compare(args)
 
 
 def compare(args):
     """Print both tables."""
-    args.out.mkdir(exist_ok=True)
-    answers = [line.value for line in json_lines(args.answers)]
+    make_directory(args.out)
+    answers = read_answers(args.answers)
     exact = args.out / "by_hand.jsonl"
     write_text(exact, "".join(json.dumps(line) + "\n" for line in exactly(answers)))
     found = {path.stem: list(swaps(read_data(path))) for path in args.mined}

@@ -31,7 +31,7 @@ from common import (
     write_text,
 )
 from drafters.answering import answer
-from drafters.eagle_training import seed_of
+from formats.answer_log import seed_of
 from load import add_device_flags, load_model, read_vocabulary, resolve_device
 
 TOGETHER = 64  # turns that are written side by side

@@ -4,7 +4,6 @@ many drafts of such a chain the target would accept.
 Pair i is the target's last hidden state of token i and the embedding of token i + 1. What the head
 predicts there is the state of token i + 1, and by the target's LM head token i + 2.
 """
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -13,16 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafters.eagle_head import EagleHead
+from formats.answer_log import seed_of
 from judge import top1
 from model import Transformer, apply_rope, rope_table
 
 CROSS_ENTROPY = 0.1  # its weight beside smooth L1's 1, as in EAGLE-1
 DEPTH = 16  # drafts in a row that `runs` follows
 REPORT_BATCH = 1024  # tokens that it reads at once
-
-
-def seed_of(*parts) -> int:
-    return int.from_bytes(hashlib.sha256(" ".join(map(str, parts)).encode()).digest()[:7], "big")
 
 
 # ---------------------------------------------------------------- texts

@@ -28,12 +28,19 @@ class IFEval(Task):
     name, max_new_tokens = "ifeval", 1280
     fields = (("key", int), ("prompt", str), ("instruction_id_list", list), ("kwargs", list))
 
+    needs = ("NLTK's sentence data, which is not here (python -m nltk.downloader punkt_tab brings "
+             "it)")
+
     def check(self):
         reference()
 
     def load(self, path, limit=None):
-        self.drawn = []  # keys of prompts for which the reference draws a parameter at random
+        self.drawn = []  # ids of prompts for which the reference draws a parameter at random
         return super().load(path, limit)
+
+    def narrow(self, ids):
+        super().narrow(ids)
+        self.drawn = [i for i in self.drawn if i in ids]
 
     def id(self, i, line):
         return f"ifeval/{line['key']}"
@@ -51,7 +58,7 @@ class IFEval(Task):
                 if not isinstance(given, dict) or not complete(checkers[name](name), given):
                     return f"the kwargs of {name} are not those that its checker needs"
             if random.getstate() != before:
-                self.drawn.append(str(example["key"]))
+                self.drawn.append(example["id"])
 
     def ungradable(self, example):
         return not has_sentence_data() and not set(BY_NLTK).isdisjoint(
@@ -59,13 +66,14 @@ class IFEval(Task):
 
     def note(self) -> str:
         text = f"Graded by lm-eval {version('lm_eval')}: prompt-level strict accuracy."
+        keys = lambda ids: [i.removeprefix("ifeval/") for i in ids]
         if self.drawn:
-            text += (f" For {' and '.join(self.drawn)} the reference draws a parameter at random, "
-                     "since it does not take the one given; here each draw is always the same.")
+            text += (f" For {' and '.join(keys(self.drawn))} the reference draws a parameter at "
+                     "random, since it does not take the one given; here each draw is always the "
+                     "same.")
         if self.left_out:
-            keys = ", ".join(i.removeprefix("ifeval/") for i in self.left_out)
-            text += (" Left out, since their check needs NLTK's sentence data, which is not here "
-                     f"(python -m nltk.downloader punkt_tab brings it): {keys}.")
+            text += (f" Left out, since their check needs {self.needs}: "
+                     f"{', '.join(keys(self.left_out))}.")
         return text
 
     def prompt(self, example) -> str:

@@ -95,7 +95,8 @@ class Aime24(Task):
         return Score(value is not None and value == int(example["answer"]), how)
 
 
-INTEGER = re.compile(r"(?:[^=]*=)*\+?(-?\d[\d,]{0,9})(?:\.0*)?")
+# Without a comma, which between numbers below 1000 divides a list: 2, 3.
+INTEGER = re.compile(r"(?:[^=]*=)*\+?(-?\d{1,10})(?:\.0*)?")
 WORDS = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*[a-zA-Z][^{}]*\}")
 DRESS = re.compile(r"\\(?:text|mbox|mathrm|mathbf|textbf)\b|\\[!,;: ]|\^?\{?\\circ\}?|\\?\$|[\s{}]")
 
@@ -104,7 +105,7 @@ def read_integer(text: str) -> tuple[int | None, str]:
     """(value, what it was read from): the last box, else what read_number finds."""
     if (box := last_box(answered(text))) is not None:
         m = INTEGER.fullmatch(DRESS.sub("", WORDS.sub("", box)))
-        return m and int(m[1].replace(",", "")), "boxed"
+        return m and int(m[1]), "boxed"
     return read_number(text.replace("####", ""))  # which is a heading here
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from common import UserError, json_lines
 from evaluation.intervals import of_ratio
+from evaluation.report import shown as number
 from evaluation.report import table
 from judge import RULES, Verified, accept_mask, top1
 from load import Loaded, parse_rule, span_ids
@@ -83,11 +84,19 @@ def mask_in(v: Verified, inside: Tensor, name: str, parameter, part: slice) -> l
     return accept_mask(seen, name, parameter, inside[part]).tolist()
 
 
+def looks_ahead(name: str) -> bool:
+    """Whether a rule's verdict on a token depends on those that follow it in the same round. Rules
+    that ask chances need a chain as well, but are greedy here.
+    """
+    return RULES[name].needs_chain and not RULES[name].needs_coin
+
+
 @torch.inference_mode()
 def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules: list[str],
            k: int) -> dict:
     """How many texts and tokens, K, and rules: rule -> {mean_accepted, its 95% interval, rejected
-    (share of all tokens), rounds}.
+    (share of all tokens; None for a rule that looks ahead, no further than its round's drafts, so
+    that a token by itself is neither), rounds}.
 
     texts: ("FILE, line N", prompt's ids, text's ids).
     """
@@ -112,26 +121,27 @@ def replay(texts: list[tuple[str, list[int], list[int]]], models: Loaded, rules:
                      head(hidden) if head else None, passed=top1(logits) == drafted)
         for rule, (name, parameter, span) in parsed.items():
             mask_of = partial(mask_in, v, within(span, before, drafted), name, parameter)
-            mask = mask_of(slice(None))
-            # A rule that looks at the tokens that follow sees no further than the round's drafts.
-            rounds[rule].append(replay_rounds(
-                mask_of if RULES[name].needs_chain else mask.__getitem__, len(mask), k))
-            rejected[rule] += mask.count(False)
+            if not looks_ahead(name):
+                mask = mask_of(slice(None))
+                rejected[rule] += mask.count(False)
+                mask_of = mask.__getitem__
+            rounds[rule].append(replay_rounds(mask_of, len(after), k))
     total = sum(len(after) for *_, after in texts)
     found = {}
     for rule, of_texts in rounds.items():
         parts = [(sum(accepted), len(accepted)) for accepted in of_texts]
         accepted, n = map(sum, zip(*parts))
         found[rule] = {"mean_accepted": accepted / n, "interval": of_ratio(parts),
-                       "rejected": rejected[rule] / total, "rounds": n}
+                       "rejected": None if looks_ahead(parsed[rule][0]) else rejected[rule] / total,
+                       "rounds": n}
     return {"texts": len(texts), "tokens": total, "speculate_k": k, "rules": found}
 
 
 def shown(results: dict, target: str) -> str:
     """replay.md, of one file."""
-    interval = lambda i: "–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}"
     rows = [["rule", "accepted per round", "95% interval", "tokens rejected"], *(
-        [rule, f"{m['mean_accepted']:.2f}", interval(m["interval"]), f"{m['rejected']:.1%}"]
+        [rule, f"{m['mean_accepted']:.2f}", number(m["interval"], "{0[0]:.2f} to {0[1]:.2f}"),
+         number(m["rejected"], "{:.1%}")]
         for rule, m in results["rules"].items())]
     return (f"{results['file']}: {results['texts']} texts, {results['tokens']} tokens, as drafts "
             f"for {target}, K = {results['speculate_k']}, greedy\n\n{table(rows)}\n")

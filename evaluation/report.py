@@ -58,7 +58,7 @@ def made(rows) -> int:
 
 def accuracy(rows) -> dict:
     """The numbers of right answers; None where the task is not graded. With several samples of a
-    problem also how many, and pass@k for k up to the fewest that a problem has.
+    problem also how many, and pass@k for 1, 2, 4, ... and the fewest that a problem has.
     """
     n, right = Counter(r["id"] for r in rows), Counter()
     found = {"n": len(rows), "right": None, "accuracy": None, "interval": None}
@@ -72,7 +72,8 @@ def accuracy(rows) -> dict:
     found |= {"right": right.total(), "accuracy": sum(shares) / len(shares),
               "interval": of_problems(shares, len(rows))}
     if "samples" in found:
-        ks = itertools.takewhile(lambda k: k <= min(n.values()), (2**i for i in itertools.count()))
+        fewest = min(n.values())
+        ks = sorted({fewest, *(2**i for i in range(fewest.bit_length()))})
         found["pass_at"] = {k: sum(pass_at(k, right[i], n[i]) for i in n) / len(n) for k in ks}
     return found
 
@@ -227,7 +228,7 @@ def pass_table(rules: dict) -> str | None:
     several = {row: m["pass_at"] for row, m in rules.items() if len(m.get("pass_at", ())) > 1}
     if not several:
         return None
-    ks = max(several.values(), key=len)
+    ks = sorted(set().union(*several.values()))
     rows = [["rule", *(f"pass@{k}" for k in ks)], *(
         [row, *(shown(found.get(k), "{:.1%}") for k in ks)] for row, found in several.items())]
     return f"At least one of k answers is right (the unbiased estimate):\n\n{table(rows)}"

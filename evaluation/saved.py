@@ -9,7 +9,6 @@ from checkpoint import fingerprint
 from common import FLAG, TEXT, Kind, file_hash, list_of, needed, number, whole
 from evaluation.task import Task
 from formats.answer_log import AnswerLog, saved_settings
-from judge import COLDEST
 from load import dtype_name, eagle_hash
 from ranks import job
 
@@ -27,10 +26,6 @@ SETTINGS = needed(dict(task=TEXT, data=TEXT, target=TEXT, target_name=TEXT, devi
     draft=TEXT, draft_name=TEXT, judge=TEXT, ranks=whole(1), eagle=TEXT, eagle_name=TEXT, tree=TEXT,
     max_new_tokens=whole(1), temperature=number(0), top_k=whole(1), top_p=number(0, 1, above=True),
     seed=whole(0))
-
-
-def sampled(args) -> bool:
-    return args.temperature > COLDEST
 
 
 def length(args, task: Task) -> int:
@@ -58,7 +53,7 @@ def settings_of(args, task: Task) -> dict:
         "target_name": args.target.resolve().name,
         "draft_name": args.draft and args.draft.resolve().name,
     } | defaults(task) | {"max_new_tokens": length(args, task)}
-    if sampled(args):
+    if args.temperature:
         found |= {key: getattr(args, key) for key in ("temperature", "top_k", "top_p", "seed")}
     if args.eagle:  # only where they matter, so that files without an EAGLE head stay as they were
         found |= {"eagle": eagle_hash(args.eagle), "eagle_name": args.eagle.resolve().name}

@@ -12,23 +12,33 @@ class Score(NamedTuple):
     how: str  # what the answer was read from, or how the check ended
 
 
+class Place(NamedTuple):
+    """Where an example stands in its file."""
+    where: str  # "FILE, line N"
+    domain: str
+    before: int  # examples of its domain before it that can be graded
+
+
 class Task:
     """What the benchmarks share. `fields`: (path of keys, type) that each line must have."""
     name, fields, stop, max_new_tokens = "", (), (), 512
     graded = True  # False: answers are written for another program to grade
+    needs = ""  # what an example that is `ungradable` here is graded by
 
     def __init__(self, allow_code_execution=False):
-        self.left_out: list[str] = []  # ids of examples that cannot be graded here, after load
+        self.places: dict[str, Place] = {}  # of all gradable examples, by id; after load
+        self.unplaced: dict[str, Place] = {}  # ... and of those that cannot be graded here
+        self.left_out: list[str] = []  # ids of the latter that would have been loaded
 
     def check(self):
         """Raise UserError where a package that the grading needs is missing."""
 
     def load(self, path, limit: int | None = None) -> list[dict]:
-        """The examples, the first `limit` of each domain.
+        """The examples, the first `limit` of each domain that can be graded here.
 
         Raises UserError for a file that is not this benchmark's.
         """
-        counts, kept, seen, self.left_out = Counter(), [], {}, []
+        counts, kept, seen, self.places, self.unplaced = Counter(), [], {}, {}, {}
         for i, line in enumerate(self.lines(path)):
             if field := missing(type(self), line.value):
                 raise UserError(f"{line.where}: {field} is missing or not what {self.name} has "
@@ -36,9 +46,11 @@ class Task:
             e = line.value | {"id": self.id(i, line.value), "domain": self.domain(line.value)}
             if not isinstance(e["id"], str):
                 raise UserError(f"{line.where}: its id is not a string")
+            place = Place(line.where, e["domain"], counts[e["domain"]])
             if self.ungradable(e):
-                self.left_out.append(e["id"])
+                self.unplaced[e["id"]] = place
                 continue
+            self.places.setdefault(e["id"], place)
             counts[e["domain"]] += 1
             if limit is None or counts[e["domain"]] <= limit:
                 if problem := self.problem(e):
@@ -47,7 +59,19 @@ class Task:
                     raise UserError(f"{line.where}: its id {e['id']!r} is also that of line "
                                     f"{first}; each must be another")
                 kept.append(e)
+        self.left_out = [i for i, p in self.unplaced.items() if limit is None or p.before < limit]
         return kept
+
+    def narrow(self, ids: set[str]):
+        """Let `left_out` and `note` be of what a run over the problems `ids` came by: up to the
+        last of them in each domain, or all if there is none after it.
+        """
+        total = Counter(p.domain for p in self.places.values())
+        last = Counter()
+        for p in (self.places[i] for i in ids if i in self.places):
+            last[p.domain] = max(last[p.domain], p.before + 1)
+        self.left_out = [i for i, p in self.unplaced.items() if i not in ids and (
+            p.before < last[p.domain] or last[p.domain] == total[p.domain])]
 
     def lines(self, path) -> list[Line]:
         """The file's examples; refuses a file whose first line is another benchmark's."""

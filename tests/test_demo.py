@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError
+from demo import mined
 from demo.check import is_right, passes
 from demo.corpus import (
     LETTERS,
@@ -25,6 +26,7 @@ from demo.corpus import (
     render,
 )
 from demo.mined import exactly
+from helpers import run_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -130,6 +132,32 @@ def test_problems_of_a_split_are_written_and_their_answers_relabelled(tmp_path, 
     with pytest.raises(UserError, match="not of the judge split"):
         exactly([{"prompt": written["eval"][0]["prompt"], "domain": "maths", "answer": "x",
                   "ended": True}])
+
+
+@pytest.mark.parametrize("flags, why", [
+    (["--limit", "20"], "give --answers, --exact and --out"),
+    (["--answers", "a", "--out", "o"], "give --answers, --exact and --out"),
+    (["--bounds", "b", "--out", "o"], "or --bounds alone"),
+    (["--bounds", "b", "--mined", "m"], "or --bounds alone"),
+    (["--bounds", "{plain}"], "holds no swap"), (["--bounds", "{auto}"], "swaps without a score"),
+    (["--answers", "{plain}", "--exact", "e", "--out", "{new}"], "'source_model' is missing"),
+    (["--answers", "a", "--exact", "e", "--out", "o", "--processes", "0"], "--processes is 0")])
+def test_mined_refuses_in_a_line(tmp_path, monkeypatch, capsys, flags, why):
+    paths = {name: tmp_path / name for name in ("plain", "auto", "new")}
+    line = {"prompt": "p", "answer": "a b", "error": [2, 3]}
+    paths["plain"].write_text(json.dumps(line))
+    paths["auto"].write_text(json.dumps(line | {"instead_of": "c"}))
+    with pytest.raises(SystemExit) as end:
+        run_command(monkeypatch, mined, *(f.format(**paths) for f in flags))
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and why in err and err.count("\n") == 1
+
+
+def test_swaps_of_wrong_texts_count_for_nothing(monkeypatch):
+    p = next(iter(problems("facts", "judge")))
+    monkeypatch.setattr(mined, "known_problems", lambda lines: {p.prompt: p})
+    rows = mined.mark_rows({"m": [(p.prompt, "\u00a7 wrong from its start on", 9, True, None)]})
+    assert rows[1] == ["m", "0", "0", "0", "–", "–"]
 
 
 def test_interpreter():

@@ -3,6 +3,7 @@ replay against real rounds.
 """
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -282,6 +283,36 @@ def test_rescore_gives_the_same_without_a_model(pair, whole, tmp_path, monkeypat
         E.main([*pair.task[:3], str(DEMO / "problems.jsonl"), "--out", str(out), "--rescore"])
 
 
+def test_rescore_says_what_the_run_said_of_what_it_left_out(pair, tmp_path, monkeypatch):
+    task, out = E.TASKS["demo"], tmp_path / "out"
+    monkeypatch.setattr(task, "ungradable", lambda self, e: e["id"] in ("maths/0", "facts/5"))
+    monkeypatch.setattr(task, "note", lambda self: f"Without {self.left_out}.")
+    monkeypatch.setattr(task, "needs", "a thing")
+    flags = [*pair.task, "--out", str(out)]
+    run = [*flags, *pair.models[:2], "--rules", "target", "--device", "cpu", "--limit"]
+    told = lambda: json.loads((out / "results.json").read_text()).get("left_out")
+    for limit, want in ("1", ["maths/0", "facts/5"]), ("2", ["maths/0", "facts/5"]):
+        E.main([*run, limit])
+        once, got = files(out), told()
+        assert got == want
+        E.main([*flags, "--rescore"])
+        assert files(out) == once
+    E.main([*run, "1"])  # the answers are still those of --limit 2
+    assert files(out) == once
+    monkeypatch.setattr(task, "ungradable", lambda self, e: e["id"] == "code/2")
+    with pytest.raises(UserError, match="answers.jsonl has an answer to code/2, whose check needs "
+                       "a thing"):
+        E.main([*flags, "--rescore"])
+    monkeypatch.setattr(task, "ungradable", lambda self, e: e["id"] in ("code/3", "maths/0"))
+    write_answers(out, [a for a in lines_of(out) if a["id"] in ("code/2", "maths/1")])
+    E.main([*flags, "--rescore"])
+    assert told() == ["maths/0", "code/3"]
+    monkeypatch.setattr(task, "ungradable", lambda self, e: e["id"] == "code/3")
+    write_answers(out, [a for a in lines_of(out) if a["id"] == "maths/1"])
+    E.main([*flags, "--rescore"])  # nothing of code was come by
+    assert told() is None or told() == []
+
+
 def test_saved_files_with_any_other_value_are_refused_or_read(pair, whole, tmp_path, capsys):
     """Every value of a saved answer and of the settings, missing or of another type."""
     out, refused = tmp_path / "out", 0
@@ -534,6 +565,10 @@ def test_replay_is_what_real_rounds_would_do(pair, tmp_path):
         assert got[rule]["rounds"] == len(want), rule
         assert got[rule]["mean_accepted"] == pytest.approx(sum(want) / len(want)), rule
     assert got["judge:0"]["rejected"] == 0 and got["judge:1"] == got["standard"]
+    # What fly says of a token depends on where the round ends: no share of all tokens.
+    assert {rule for rule in rules if got[rule]["rejected"] is None} == {"fly:0,1", "fly:1,2"}
+    shown = (tmp_path / "out" / "replay.md").read_text()
+    assert re.search(r"\| fly:1,2 [^%]+ – \|$", shown, re.M) and shown.count("%") == 1 + 13
     assert 0 < got["topk:3"]["rejected"] < got["standard"]["rejected"] < 1 and r["texts"] == 3
     low, high = got["topk:3"]["interval"]  # over three texts
     assert low < got["topk:3"]["mean_accepted"] < high

@@ -1,18 +1,25 @@
 """demo/head_inputs.py: the places that heads read, heads with a hidden layer, and the intervals."""
+from argparse import Namespace
+
 import pytest
 import torch
 
-from common import UserError
+from checkpoint import fingerprint
+from common import UserError, refuse
 from demo import head_inputs as H
 from drafters.llama import LlamaDrafter
 from engine import Engine, generate
-from helpers import random_model, run_command, tiny_config
+from evaluation.task import Score
+from evaluation.tasks import TASKS
+from helpers import ROOT, random_model, run_command, tiny_config
 from judge import JudgeHead
 from judge_data import report
 from judge_data.data import Encoded
 from judge_data.features import hidden_states
+from load import load_models
 from model import rope_table
 
+DEMO = ROOT / "checkpoints" / "demo"
 CONFIG = tiny_config(num_hidden_layers=3)
 
 
@@ -134,7 +141,70 @@ def test_runs_are_counted_over_rounds_and_problems():
     assert set(zip(accepted.tolist(), right.tolist())) == possible
 
 
+class Words(TASKS["demo"]):
+    """Right, if the text has an even length; an answer ends before its second "e"."""
+    stop = ("e",)
+    texts = []
+
+    def score(self, example, text):
+        self.texts.append(text)
+        return Score(len(text) % 2 == 0, "")
+
+
+@torch.inference_mode()
+def test_the_engine_runs_the_head_that_it_would_run_by_itself(monkeypatch):
+    """On the demo pair: the states after the norm are those that the engine's own head reads."""
+    monkeypatch.setitem(TASKS, "demo", Words)
+    models = load_models(DEMO / "target", DEMO / "draft", device="cpu", dtype=torch.float32)
+    head = JudgeHead.load(DEMO / "judge.safetensors", models.target.config.dim,
+                          fingerprint(DEMO / "target"), "")
+    args = Namespace(task="demo", problems=DEMO / "problems.jsonl", limit=1, chat=False,
+                     max_new_tokens=14, speculate_k=5, shares=[0.1, 0.2], samples=2)
+    thresholds = [0.765, 1.0]
+    trained = H.Trained(head, torch.tensor([1.0, -1.0]), thresholds)
+    seeds = [H.Seed({(H.AFTER, "linear"): trained}, torch.tensor([0, 1]), torch.tensor([1, 0]))]
+    monkeypatch.setattr(Words, "stop", ())
+    runs = H.play_all(H.States(models.target, []), models, seeds, args)
+    task, tokenizer, drafter = Words(), models.tokenizer, LlamaDrafter(models.draft)
+    for i, threshold in enumerate(thresholds):
+        want = []
+        for example in task.load(args.problems, 1):
+            prompt = tokenizer.encode(task.prompt(example))
+            r = generate(Engine(models.target, drafter, head, "judge", threshold, speculate_k=5),
+                         prompt, 14, tokenizer.eos_ids)
+            text = tokenizer.decode_new(prompt, [t for t in r.tokens if t not in
+                                                 tokenizer.eos_ids])
+            want.append((sum(n * c for n, c in enumerate(r.accept_counts)), r.rounds,
+                         len(text) % 2 == 0))
+        assert runs[H.AFTER, "linear", i] == [[pytest.approx(row) for row in want]]
+    assert runs[H.AFTER, "linear", 1] == runs["standard"] != runs[H.AFTER, "linear", 0]
+    rows = H.run_rows(seeds, runs, args)
+    accepted, rounds, right = map(sum, zip(*runs[H.AFTER, "linear", 0][0]))
+    assert [row[1] for row in rows[1:]] == ["target", "standard", H.AFTER, H.AFTER]
+    assert rows[3][5:8:2] == [f"{accepted / rounds:.2f}", f"{right / 3:.1%}"]
+    assert rows[4][5] == rows[2][5] < rows[3][5] and rows[3][6] == "+0.00 (+0.00 to +0.00)"
+
+    monkeypatch.setattr(Words, "stop", ("e",))
+    engine, example = Engine(models.target), task.load(args.problems, 1)[0]
+    texts = []
+    for chat in (False, True):  # as in eval.py, a chat's answers end where the model ends them
+        args.chat = chat
+        H.play(engine, tokenizer, [(example, tokenizer.encode(task.prompt(example)))], task, args)
+        texts.append(Words.texts[-1])
+    assert "e" not in texts[0] and texts[1].startswith(texts[0] + "e")
+
+
+def test_a_missing_grader_is_told_before_models_are_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(TASKS["math500"], "check", lambda self: refuse((True, "no math-verify")))
+    monkeypatch.setattr(H, "load_models", lambda *a, **k: pytest.fail("the models are loaded"))
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, H, "--target", "no", "--data", "no", "--draft", DEMO, "--problems",
+                    "no", "--task", "math500", "--device", "cpu")
+    assert "error: no math-verify" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, why", (
+    (["--task", "mt_bench"], "invalid choice: 'mt_bench'"),
     (["--task", "demo"], "belong together"), (["--seeds", "0"], "--seeds is 0"),
     (["--shares", "0.1,2"], "--shares"), (["--samples", "1"], "--samples is 1")))
 def test_bad_flags(flags, why, monkeypatch, capsys):

@@ -121,7 +121,8 @@ def test_published_file_and_gpt4s_answers(task):
     examples = task.load(path)
     assert len(examples) + len(task.left_out) == 540
     assert bool(task.left_out) != ifeval.has_sentence_data()
-    assert task.drawn == ["1122", "1129"] and "For 1122 and 1129 the reference" in task.note()
+    assert task.drawn == ["ifeval/1122", "ifeval/1129"]
+    assert "For 1122 and 1129 the reference" in task.note()
     assert all(i in task.note() for i in ("lm-eval 0.4", *(i[7:] for i in task.left_out)))
     assert task.load(path, limit=5) == examples[:5]
     known = [e for e in examples if not {*ifeval.BY_NLTK} & {*e["instruction_id_list"]}]
@@ -140,6 +141,28 @@ def test_without_sentence_data_those_prompts_are_left_out_by_name(task, tmp_path
     monkeypatch.setattr(ifeval, "has_sentence_data", lambda: False)
     assert [e["id"] for e in task.load(path)] == ["ifeval/1"] and task.left_out == ["ifeval/2"]
     assert "Left out, since" in task.note() and task.note().endswith("brings it): 2.")
+
+
+def test_the_note_names_only_prompts_that_a_run_came_by(task, tmp_path, monkeypatch):
+    plain, cut = ("punctuation:no_comma", {}), KINDS["length_constraints:number_sentences"][0]
+    drawn = ("keywords:letter_frequency", {"letter": "!", "let_relation": "less than",
+                                           "let_frequency": 4})  # no letter: one is drawn
+    sentences = ("length_constraints:number_sentences", cut)
+    lines = [line(kind, key=i) for i, kind in enumerate((plain, sentences, drawn, sentences, drawn,
+                                                        sentences))]
+    (path := tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(ifeval, "has_sentence_data", lambda: False)
+    ids = lambda text: {f"ifeval/{i}" for i in text}
+    for limit, run, left_out, draws in ((1, "0", "", ""), (2, "02", "1", "2"),
+                                        (None, "024", "135", "24"), (9, "024", "135", "24")):
+        assert {e["id"] for e in task.load(path, limit)} == ids(run)
+        assert ({*task.left_out}, {*task.drawn}) == (ids(left_out), ids(draws))
+        note = task.note()
+        task.load(path)  # as --rescore, which has the answers alone
+        task.narrow(ids(run))
+        assert ({*task.left_out}, {*task.drawn}, task.note()) == (ids(left_out), ids(draws), note)
+    task.narrow(ids("01"))  # 1 was answered where it can be graded
+    assert task.left_out == []
 
 
 @pytest.mark.parametrize("changed, message", [

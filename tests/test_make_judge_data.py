@@ -204,8 +204,7 @@ def test_real_files_are_recognised(tmp_path, name, task, count):
     prompts = prompts_of(tmp_path, DATA / name, "--allow_code_execution")
     assert len(prompts) == count == len({p["example"]["id"] for p in prompts})
     assert {p["task"] for p in prompts} == {task} and all(p["text"] for p in prompts)
-    last = prompts[-1]["example"]["id"]
-    assert prompts[-1]["where"] == f"{DATA / name}, {last}" or last == f"line {count}"
+    assert prompts[-1]["where"] == f"{DATA / name}, line {count}"
     assert prompts_of(tmp_path, DATA / name, "--allow_code_execution", "--limit", 3) == prompts[:3]
     if task == "humaneval":
         with pytest.raises(UserError, match="--allow_code_execution"):
@@ -222,6 +221,52 @@ def test_plain_prompts_of_three_kinds(tmp_path):
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(UserError, match="p.jsonl, line 2: no prompt"):
         prompts_of(tmp_path, path)
+
+
+IFEVAL = {"key": 7, "prompt": "Say it.", "instruction_id_list": ["punctuation:no_comma"],
+          "kwargs": [{}]}
+
+
+def test_task_none_takes_the_prompts_of_a_benchmark(tmp_path, monkeypatch):
+    (path := tmp_path / "p.jsonl").write_text(json.dumps(IFEVAL))
+    monkeypatch.setattr(TASKS["ifeval"], "check", lambda self: M.refuse((True, "no lm-eval")))
+    with pytest.raises(UserError, match="no lm-eval"):
+        prompts_of(tmp_path, path)
+    [prompt] = prompts_of(tmp_path, path, "--task", "none")
+    assert (prompt["text"], prompt["task"]) == ("Say it.", None)
+    assert prompt["where"] == f"{path}, line 1"
+
+
+def test_prompts_that_are_left_out_are_told(pair, tmp_path, monkeypatch, capsys):
+    task = TASKS["demo"]
+    monkeypatch.setattr(task, "ungradable", lambda self, e: e["id"] in ("maths/1", "facts/20"))
+    monkeypatch.setattr(task, "note", lambda self: "It lacks a thing.")
+    path = pair / "problems.jsonl"
+    assert len(prompts_of(tmp_path, path)) == 19
+    assert capsys.readouterr().err == "2 prompts are left out. It lacks a thing.\n"
+    prompts = prompts_of(tmp_path, path, "--limit", 2)
+    assert capsys.readouterr().err == "1 prompts are left out. It lacks a thing.\n"
+    assert [p["where"] for p in prompts][:3] == [f"{path}, line {n}" for n in (1, 3, 8)]
+    assert prompts[1]["example"].keys() == {*lines_of(path)[2], "id", "domain"}  # as it is saved
+
+
+def test_mmlu_is_known_by_all_its_files(pair, tmp_path, monkeypatch):
+    seen, line = [], "q,a,b,c,d,A\n"
+
+    def keep(path, settings, kinds):
+        seen.append(settings["prompts"])
+        raise UserError("enough")
+
+    monkeypatch.setattr(M, "open_log", keep)
+    for folder, count in ("test", 1), ("dev", 5):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"x_{folder}.csv").write_text(count * line)
+    for more in "", "\n":
+        (tmp_path / "dev" / "x_dev.csv").write_text(5 * line + more)
+        with pytest.raises(UserError, match="enough"):
+            M.main(["generate", "--prompts", str(tmp_path), "--task", "mmlu", "--models",
+                    str(pair / "target"), "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert seen[0] != seen[1] == TASKS["mmlu"]().fingerprint(tmp_path)
 
 
 # ---------------------------------------------------------------- mine
@@ -283,6 +328,23 @@ def test_first_errors_equal_brute_force_over_all_prefixes(pair, answers, brute_f
     assert left_out == sum(int(r.split()[0]) for r in reasons) and FAILS in said
     assert "were in the cache already" in said and "so it saved about" in said
     assert not list(tmp_path.glob("*.part*"))
+
+
+def test_what_cannot_be_graded_is_refused_before_models_are_loaded(pair, answers, tmp_path,
+                                                                    monkeypatch):
+    monkeypatch.setattr(M, "Miner", lambda *args: pytest.fail("the models are loaded"))
+    task, out = TASKS["demo"], tmp_path / "m.jsonl"
+    command = ["mine", "--data", str(answers), "--target", str(pair / "target"), "--method",
+               "first_error", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(task, "needs", "a thing")
+    monkeypatch.setattr(task, "ungradable", lambda self, e: e["id"] == "maths/1")
+    with pytest.raises(UserError, match="answers.jsonl, line 4: an answer of demo, whose check "
+                       "needs a thing"):
+        M.main(command)
+    monkeypatch.setattr(task, "check", lambda self: M.refuse((True, "a package is missing")))
+    with pytest.raises(UserError, match="a package is missing"):
+        M.main(command)
+    assert not list(tmp_path.iterdir())
 
 
 def some(answers, out, count):

@@ -82,6 +82,8 @@ AIME = [
     ("\\boxed{$70$}", True, "boxed", False), ("\\boxed{-70}", False, "boxed"),
     ("\\boxed{70\\pi}", False, "boxed"), ("\\boxed{\\frac{140}{2}}", False, "boxed"),
     ("\\boxed{7 0}", True, "boxed"), ("\\boxed{70, 71}", False, "boxed"),
+    ("\\boxed{7, 0}", False, "boxed"), ("\\boxed{7,0}", False, "boxed"),
+    ("\\boxed{7,\\ 0}", False, "boxed"), ("\\boxed{7{,}0}", False, "boxed"),
     ("\\boxed{}", False, "boxed"),
     ("\\boxed{70} is the answer, of 12 cases 5", True, "boxed"),
     ("The answer is 70.", True, "named", False), ("**Answer: 70**", True, "named", False),

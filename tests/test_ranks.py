@@ -35,6 +35,8 @@ pytestmark = pytest.mark.slow
 CPU = ("--device", "cpu")
 PAIR = ("--target", DEMO / "target", "--draft", DEMO / "draft")
 JUDGE = ("--judge", DEMO / "judge.safetensors")
+TEMPLATE = ("Question: Mira has 3 eggs. {% for m in messages %}{{ m.content }}\n{% endfor %}"
+            "Answer: So")  # an opening that the demo's target goes on with
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
@@ -55,6 +57,10 @@ def jobs(problems, texts, out) -> list[tuple]:
     return [
         ("eval", "--task", "demo", "--data", problems, *PAIR, *JUDGE, *CPU, *rules, "--out",
          out / "eval"),
+        # two turns: each rank words the second one from its own tokens
+        ("eval", "--task", "mt_bench", "--data", out.parent / "talk.jsonl", "--target",
+         out.parent / "chat", "--chat", "--rules", "target", "--max_new_tokens", "12", *CPU,
+         "--out", out / "talk"),
         ("eval", "--replay", texts, *PAIR, *JUDGE, *CPU, "--rules", "standard,kl:0.5,judge",
          "--out", out / "replay"),
         ("make_judge_data", "generate", "--prompts", problems, "--models", DEMO / "draft",
@@ -104,6 +110,9 @@ def made(tmp_path_factory):
                for i, (p, text) in enumerate(answers)]
     write(home / "data.jsonl", ({"prompt": p.prompt, "answer": text, "error": first_error(p, text)}
                                 for p, text in answers))
+    shutil.copytree(DEMO / "target", home / "chat")
+    (home / "chat" / "chat_template.jinja").write_text(TEMPLATE)
+    write(home / "talk.jsonl", [{"question_id": 8, "category": "c", "turns": ["Count.", "Again!"]}])
     for name in ("one", "two"):
         (home / name).mkdir()
     with pytest.MonkeyPatch.context() as m:
@@ -117,7 +126,7 @@ def made(tmp_path_factory):
 
 
 def test_one_rank_speaks(made):
-    assert made.done.stdout.count("is done") == 7
+    assert made.done.stdout.count("is done") == 8
     assert made.done.stderr.count("2 processes on CPUs, joined by gloo") == 1
     assert "target runs whole on each rank: 6.29 MB a layer" in made.done.stderr
     assert "Traceback" not in made.done.stderr
@@ -136,6 +145,11 @@ def test_eval_gives_the_same_answers_and_says_how_many_ranks(made):
     assert "float32, eager, cpu, 2 ranks" in (made.two / "eval/results.md").read_text()
     assert (made.one / "replay/replay.json").read_bytes() == (
         made.two / "replay/replay.json").read_bytes()
+
+
+def test_the_second_turn_is_the_same(made):
+    [one], [two] = (lines(d / "talk/answers.jsonl", "seconds") for d in (made.one, made.two))
+    assert one == two and len(one["turns"]) == 2 and all(one["turns"])
 
 
 def test_judge_data_is_the_same_byte_for_byte(made):

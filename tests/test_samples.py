@@ -135,7 +135,7 @@ def test_rescore_takes_samples(pair, whole, tmp_path, monkeypatch, capsys):  # n
                  "pass@1", "pass@2", "sign-flip", "/9 |",
                  "Sampled: standard has the target's distribution, not its tokens"):
         assert line in shown, shown
-    assert "pass@4" not in shown and "token for token" not in shown
+    assert "pass@3" in shown and "pass@4" not in shown and "token for token" not in shown
     assert json.loads((out / "results.json").read_text())["standard_equals_target"] is None
 
 
@@ -233,7 +233,15 @@ def test_the_numbers_of_samples_by_hand():
     del saved["judge@think", "d", 3]
     j = report.summarise(saved, settings)["rules"]["judge@think"]
     assert j["accuracy"] == (1 + 1 / 4 + 0 + 2 / 3) / 4 and j["samples"] == [3, 4]
-    assert list(j["pass_at"]) == [1, 2]
+    assert list(j["pass_at"]) == [1, 2, 3]
+    assert j["pass_at"][3] == pytest.approx((1 + 3 / 4 + 0 + 1) / 4)
+    for n in (1, 2, 5, 8, 10):
+        row = made_up("judge", [(str(i), "x", True, "exact", [1], 1.0, 1, 1) for i in range(2)])
+        rows = [a | {"sample": s} for a in row.values() for s in range(n)]
+        want = {1: None, 2: [1, 2], 5: [1, 2, 4, 5], 8: [1, 2, 4, 8], 10: [1, 2, 4, 8, 10]}[n]
+        assert (list(report.accuracy(rows)["pass_at"]) if n > 1 else None) == want
+    passes = {"a": {"pass_at": {1: 0.1, 2: 0.2, 3: 0.3}}, "b": {"pass_at": {1: 0.1, 2: 0.2, 4: 1}}}
+    assert "| a    |  10.0% |  20.0% |  30.0% |      – |" in report.pass_table(passes)
     text = report.markdown(r)
     for line in ("temperature 0.7, seed 0, samples of a problem: 4, float32, eager, chat template",
                  "| target      |  25.0% |  44.4% |  66.7% |",
@@ -326,6 +334,10 @@ def test_the_second_turn_follows_the_first_answer(talk, capsys):
     lines = [a for (row, _), a in got.items() if row == "topk:3/ngram"]
     made = sum(len(a["tokens"]) - 2 for a in lines)  # the first of each turn is the prefill's
     assert m["tokens_per_round"] == made / sum(a["rounds"] for a in lines)
+    progress = E.Progress(["topk:3/ngram"], 4, graded=False)
+    for a in (a for a in lines_of(talk.out) if a["rule"] == "topk:3/ngram"):
+        progress.add(a, show=False)
+    assert progress.sums["topk:3/ngram"][2] == made
     shown = capsys.readouterr()
     assert "Grade them with FastChat." in shown.out and r["note"] == "Grade them with FastChat."
     assert re.search(r"\| target \| +– \| +– \| +– \| +– \| +\d+ \|", shown.out), shown.out
@@ -341,6 +353,16 @@ def test_the_second_turn_follows_the_first_answer(talk, capsys):
     before = files_but_time(talk.out)
     E.main([*talk.flags[:4], "--out", str(talk.out), "--rescore"])
     assert files_but_time(talk.out) == before
+
+
+def test_no_file_for_fastchat_is_written_over_an_input(talk):
+    made = talk.out / "model_answer" / "target.jsonl"
+    made.parent.mkdir(parents=True)
+    shutil.copy(talk.data, made)
+    flags = [made if f == str(talk.data) else f for f in talk.flags]
+    with pytest.raises(UserError, match="model_answer/target.jsonl: .* is also --data"):
+        E.main([*map(str, flags), "--out", str(talk.out)])
+    assert made.read_bytes() == talk.data.read_bytes()
 
 
 def files_but_time(out):
@@ -359,6 +381,20 @@ def test_turns_are_sampled_and_each_sample_is_a_choice(talk, capsys):
     shown = capsys.readouterr()
     assert "samples of a problem: 2" in shown.out and "pass@" not in shown.out
     assert "%" not in shown.err and "8/8  target " in shown.err
+
+
+@pytest.mark.long
+def test_processes_make_the_same_turns(talk, tmp_path):
+    talk.data.write_text("".join(json.dumps({
+        "question_id": n, "category": "c", "turns": [f"Count {n} eggs.", "Again!"]}) + "\n"
+        for n in (81, 7)))
+    got = []
+    for n in "12":
+        E.main(["--task", "mt_bench", *talk.flags[2:], "--max_new_tokens", "10", "--out",
+                str(tmp_path / n), "--processes", n])
+        got.append(answers(tmp_path / n))
+    assert got[0] == got[1] and all(len(a["turns"]) == 2 for a in got[0].values())
+    assert len({a["turns"][1] for a in got[0].values()}) > 1
 
 
 @pytest.mark.parametrize("more, message", [
