@@ -482,7 +482,7 @@ def check_args(args):
     rules = {rule: parse_rule(rule) for rule in speculating}
     if args.replay:
         check_rules(rules, [], [args.speculate_k or CHAIN], greedy=True)
-    resolve_drafters(args, rules if making else {}, given_k(args), not sampled(args))
+    resolve_drafters(args, rules if making else {}, given_k(args), not args.temperature)
     args.rows = [row for rule in args.rules for row in (
         [row_name(rule, name) for name in args.drafters] if rule in speculating else [rule])]
     if not args.rescore:
