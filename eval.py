@@ -48,6 +48,7 @@ from common import (
 from drafters.choice import (
     CHAIN,
     add_drafter_flags,
+    check_rules,
     ks_of,
     make_drafter,
     most_drafted,
@@ -472,7 +473,10 @@ def check_args(args):
          f"--speculate_k is {args.speculate_k}; it must be at least 1"),
         (args.out and args.out.exists() and not args.out.is_dir(),
          f"--out {args.out} is a file; name a directory"))
-    resolve_drafters(args, speculating if making else [], given_k(args))
+    rules = {rule: parse_rule(rule) for rule in speculating}
+    if args.replay:
+        check_rules(rules, [], [args.speculate_k or CHAIN], greedy=True)
+    resolve_drafters(args, rules if making else {}, given_k(args), not sampled(args))
     args.rows = [row for rule in args.rules for row in (
         [row_name(rule, name) for name in args.drafters] if rule in speculating else [rule])]
     if not args.rescore:

@@ -30,7 +30,7 @@ from drafters.choice import (
 )
 from drafters.length import automatic, draft_length
 from engine import Engine, Result, generate
-from judge import RULES
+from judge import COLDEST, RULES
 from linear import product_path
 from load import (
     add_device_flags,
@@ -39,6 +39,7 @@ from load import (
     resolve_device,
     rule_help,
     span_ids,
+    spell_rule,
 )
 from ranks import job
 from tokenizer import Stream, Tokenizer
@@ -294,7 +295,10 @@ def check_drafter(args):
             f"; {args.draft} holds a Llama" if args.drafter == "llama" else "")),
         (args.draft_dtype and args.drafter == "ngram",
          "--draft_dtype is of a model's weights; --draft ngram has none"))
-    check_rules([args.accept], [args.drafter])
+    if args.draft:
+        spelling = spell_rule(args.accept, args.parameter, args.span)
+        check_rules({spelling: (args.accept, args.parameter)}, [args.drafter], given or [CHAIN],
+                    args.temperature <= COLDEST)
     if args.tree:
         check_k(args.tree, given)
     args.speculate_k, = ks_of(args.drafter, args.tree, given)

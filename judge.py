@@ -59,6 +59,7 @@ class Rule(NamedTuple):
     needs_judge: bool = False
     needs_chain: bool = False  # it looks at the tokens that follow, or at chances: no trees
     needs_coin: bool = False
+    ahead: Callable = lambda x: 0  # of a parameter: the drafted tokens after it that it looks at
 
     def parameter_for(self, given, head: "JudgeHead | None") -> float | tuple | None:
         """The parameter given, else the head's threshold, else the row's default."""
@@ -80,7 +81,8 @@ RULES = {
                    "first's, 0 < R < 1, default 0.9", valid=lambda r: 0 < r < 1, default=0.9),
     "fly": Rule(rules.fly, "E,W", "where the target's entropy is at least E and the next W tokens "
                 "pass: E from 0, W a whole number from 1, default 0.3,6", default=(0.3, 6),
-                valid=lambda e, w: e >= 0 and w >= 1 and w % 1 == 0, needs_chain=True),
+                valid=lambda e, w: e >= 0 and w >= 1 and w % 1 == 0, needs_chain=True,
+                ahead=lambda x: x[1]),
     "thresholds": Rule(rules.thresholds, "S,A", "when sampling, a token of probability p >= S, any "
                        "other with probability p / A: 0 <= S <= 1, 0 < A <= 1",
                        valid=lambda s, a: 0 <= s <= 1 and 0 < a <= 1, needs_chain=True,

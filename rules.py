@@ -89,8 +89,10 @@ def inside_after(inside: Tensor, tokens: Tensor, span: tuple[int, int], tree=Non
     and after each of the tokens [N] that follow it, one after another or as a drafters.tree.Tree.
     """
     mark = torch.cat((2 * inside - 1, (tokens == span[0]).long() - (tokens == span[1]).long()))
-    upto = tree.upto if tree else mark.new_ones(len(mark), len(mark), dtype=torch.bool).tril()
-    latest = torch.where(upto & (mark != 0), upto.sum(-1), 0).argmax(-1)
+    if tree:
+        latest = torch.where(tree.upto & (mark != 0), tree.depth + 1, 0).argmax(-1)
+    else:
+        latest = (torch.arange(len(mark), device=mark.device) * (mark != 0)).cummax(0).values
     return (mark.index_select(0, latest) + 1) // 2
 
 

@@ -1,6 +1,6 @@
 """The drafters as the commands spell them: their names and trees, and what makes one."""
 import argparse
-import re
+import math
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -105,12 +105,23 @@ def kind(draft: Path | str | None, tree) -> str | None:
     return ("eagle-tree" if tree else "eagle") if is_eagle(draft) else "llama"
 
 
-def check_rules(rules: list[str], drafters: list[str]):
-    """Refuse a rule that needs the distribution of a draft that has none, or no tree."""
-    row = lambda rule: RULES[re.split("[:@]", rule)[0]]
-    comparing = next((r for r in rules if row(r).needs_draft_logits), None)
-    chain = next((r for r in rules if row(r).needs_chain), None)
-    refuse((comparing and "ngram" in drafters, f"rule {comparing} compares the draft's "
+def check_rules(rules: dict[str, tuple], drafters: list[str], ks: list[int], greedy: bool):
+    """Refuse a rule, {spelling: (name, parameter, ...)}, that needs the distribution of a draft
+    that has none, no tree, or can never accept anything: sampled chances when greedy, more drafted
+    tokens ahead than the shortest round has.
+    """
+    first = lambda holds: next((r for r, (name, *more) in rules.items()
+                                if holds(RULES[name], *more)), None)
+    comparing = first(lambda row, *_: row.needs_draft_logits)
+    chain, coin = first(lambda row, *_: row.needs_chain), first(lambda row, *_: row.needs_coin)
+    most = min((k for k in ks if type(k) is int), default=math.inf)  # not auto
+    far = first(lambda row, given, *_: row.ahead(
+        given if given is not None else row.default) >= most)
+    refuse((coin and greedy, f"rule {coin} is for sampling: greedy it accepts nothing of its own; "
+            "give --temperature, or leave it out"),
+           (far, f"rule {far} looks at more drafted tokens than a round of {most} has after any; "
+            "raise --speculate_k or lower its second parameter"),
+           (comparing and "ngram" in drafters, f"rule {comparing} compares the draft's "
             "distribution with the target's, and an n-gram draft has none; leave one of them out"),
            (chain and "eagle-tree" in drafters, f"rule {chain} needs a chain of drafts, and "
             "eagle-tree drafts a tree; leave one of them out"))
@@ -126,10 +137,11 @@ def add_drafter_flags(p: argparse.ArgumentParser):
     p.add_argument("--tree", type=parse_tree, help=f"eagle-tree's: {TREE_HELP}; default {TREE}")
 
 
-def resolve_drafters(args: argparse.Namespace, rules: list[str], ks: list[int]):
+def resolve_drafters(args: argparse.Namespace, rules: dict[str, tuple], ks: list[int], greedy=True):
     """Make --drafters a list and fill in --tree; refuse what does not fit.
 
-    rules: those that need a drafter; without any, nothing drafts. ks: what --speculate_k gives.
+    rules: those that need a drafter, as `check_rules` takes them; without any, nothing drafts. ks:
+    what --speculate_k gives.
     """
     given = {"llama": args.draft, "eagle": args.eagle, "eagle-tree": args.tree}
     named = args.drafters.split(",") if args.drafters else [n for n in NAMES if given.get(n)]
@@ -140,13 +152,13 @@ def resolve_drafters(args: argparse.Namespace, rules: list[str], ks: list[int]):
         args.drafters = []
         return
     eagle = next((name for name in args.drafters if name.startswith("eagle")), None)
-    refuse((not named, f"rule {rules[0]} needs --draft DIR, or another drafter: --eagle DIR, or "
-            "--drafters ngram"),
+    refuse((not named, f"rule {next(iter(rules))} needs --draft DIR, or another drafter: "
+            "--eagle DIR, or --drafters ngram"),
            ("llama" in args.drafters and not args.draft, "drafter llama needs --draft DIR"),
            (eagle and not args.eagle, f"drafter {eagle} needs --eagle DIR"),
            (args.tree and "eagle-tree" not in args.drafters,
             "--tree is the drafter eagle-tree's; add it to --drafters"))
-    check_rules(rules, args.drafters)
+    check_rules(rules, args.drafters, ks or [CHAIN], greedy)
     if "eagle-tree" in args.drafters:
         args.tree = args.tree or parse_tree(TREE)
         check_k(args.tree, ks if args.drafters == ["eagle-tree"] else [])

@@ -14,7 +14,9 @@ The idea is the paper's; only its abstract and introduction were at hand, so win
 are ours, and so is this: a swap gets a label only where it fits, that is where the target itself
 goes on with y_t+1 after d. A token that begins a longer or shorter wording than y's is followed by
 what no longer fits, however right it is, and its score says nothing. With misfits "error" all of
-those count as errors: for a draft so weak that most of what does not fit is wrong.
+those count as errors: for a draft so weak that most of what does not fit is wrong. Greedy is an
+answer of which every token is within TIE nats of the argmax, since bfloat16 rounds a text read at
+once otherwise.
 
 Against the demo's exact labels (RESULTS.md) it errs where another name is taken for what comes
 again later, which it calls an error, and where a wrong number is used once and nothing depends on
@@ -93,8 +95,9 @@ class SelfJudge:
         if agree((top[:-1] - own > TIE).any().long()):
             return None
         drafted = agree(self.drafted(text, prompt + answer)[-len(answer):]).tolist()
-        ends = int(agree(best[-1:])) in self.tokenizer.eos_ids
-        answer, own = answer + [int(best[-1])] * ends, torch.cat((own, top[-1:]))
+        last = int(agree(best[-1:]))
+        answer = answer + [last] * (last in self.tokenizer.eos_ids)
+        own = torch.cat((own, top[-1:]))
         rest = lambda at: answer[at + 1:at + 1 + self.window]
         swaps = [(at, d) for at, d in enumerate(drafted) if d != answer[at] and rest(at)
                  and d < target.config.vocab_size and d not in self.tokenizer.eos_ids]

@@ -192,7 +192,8 @@ def test_the_peer_runs_without_cudnns_attention(monkeypatch):
     """cuDNN plans for each length, and the peer's cache grows by a token a pass."""
     seen, enabled = [], torch.backends.cuda.cudnn_sdp_enabled
     models = random_model(CONFIG), random_model(SMALL)
-    calls = hf_peer.calls(*models, [CONFIG, SMALL], [2], 4, (), {"topk:3": ("topk", 3.0)})
+    calls = hf_peer.calls(*models, [CONFIG, SMALL], [2], 4, (), {
+        "topk:3": {"accept": "topk", "parameter": 3.0, "span": None}})
     forward = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **more: (
         seen.append(enabled()), forward(*a, **more))[1])

@@ -36,7 +36,7 @@ def texts(*lengths, seed=0):
 
 def test_states_of_every_place_at_the_labelled_tokens():
     target = random_model(CONFIG, seed=1)
-    encoded = [Encoded(ids, start, [], [1] * (len(ids) - start))
+    encoded = [Encoded(ids, start, [], [1] * (len(ids) - start), start)
                for ids, start in zip(texts(9, 14, 5), (3, 6, 2))]
     states = H.States(target, [1, 2])
     read = hidden_states(states, encoded)

@@ -9,11 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import benchmark
+import eval as evaluate
+import generate as G
 import judge
 import rules
 from common import UserError
+from demo.pair import HOME
+from drafters.choice import check_rules
+from drafters.length import Auto
 from drafters.tree import Tree
 from engine import Engine, Settings, State, decide, generate, unpack
+from graphs import compile_engine
 from judge import RULES, Verified, accept_mask
 from load import engine_rule, parse_rule, rule_list, span_ids, spell_rule
 from rules import inside_after, within
@@ -317,6 +324,51 @@ def test_thresholds_draw_their_coin_in_whole_rounds():
     certain = Engine(target, Scripted(lambda text, k: ([20] * k, None)), accept="thresholds",
                      parameter=(1.0, 1e-9), speculate_k=4, temperature=1.0)
     assert generate(certain, prompt, 30).mean_accepted > 3.5
+
+
+def test_rules_that_can_accept_nothing_are_refused():
+    check = lambda rule, ks=(25,), greedy=False, drafter="llama": check_rules(
+        {rule: parse_rule(rule)}, [drafter], list(ks), greedy)
+    check("thresholds:1,1"), check("fly"), check("fly:0.3,6", [7]), check("fly", [Auto()])
+    for rule, settings, message in (
+            ("thresholds:0.5,0.5", dict(greedy=True), "thresholds:0.5,0.5 is for sampling: greedy"),
+            ("fly", dict(ks=[4, 16]), "rule fly looks at more drafted tokens than a round of 4"),
+            ("fly:0,6", dict(ks=[6]), "rule fly:0,6 looks at more drafted tokens"),
+            ("fly", dict(drafter="eagle-tree"), "rule fly needs a chain of drafts"),
+            ("kl:1@think", dict(drafter="ngram"), "rule kl:1@think compares the draft's")):
+        with pytest.raises(UserError, match=message):
+            check(rule, **settings)
+
+
+@pytest.mark.parametrize("command", [
+    "generate.py --prompt x --accept thresholds:0.5,0.5", "generate.py --prompt x --accept fly "
+    "--speculate_k 6", "eval.py --task demo --data {demo}/problems.jsonl --out {tmp}/o --rules "
+    "target,thresholds:0.5,0.5", "eval.py --replay {demo}/problems.jsonl --rules standard,fly "
+    "--speculate_k 5", "eval.py --replay {demo}/problems.jsonl --rules thresholds:0.5,0.5",
+    "benchmark.py --prompts {demo}/problems.jsonl --rules thresholds:0.5,0.5",
+    "benchmark.py --prompts {demo}/problems.jsonl --rules fly --speculate_k 4,16"])
+def test_commands_refuse_rules_that_can_accept_nothing(command, tmp_path):
+    name, *flags = command.format(demo=HOME, tmp=tmp_path).split()
+    parse = {"generate.py": G, "eval.py": evaluate, "benchmark.py": benchmark}[name].parse_args
+    pair = ["--target", str(HOME / "target"), "--draft", str(HOME / "draft"), "--device", "cpu"]
+    with pytest.raises(UserError, match="^rule (thresholds:0.5,0.5 is for sampling|fly looks at)"):
+        parse([*flags, *pair])
+
+
+@pytest.mark.slow
+def test_a_compiled_round_draws_coins_and_follows_spans():
+    """The rule that uses all of it: sampled chances within a span that opens in the prompt."""
+    prompt = tokens(6) + [OPEN] + tokens(3, 1)
+    first, again = (make(models()["target"], models()["good"], accept="thresholds",
+                         parameter=(0.5, 0.01), speculate_k=4, temperature=1.0,
+                         span=(OPEN, 56)) for _ in range(2))
+    compile_engine(again)
+    want, got = (generate(e, prompt, 50) for e in (first, again))
+    assert (got.tokens, got.sources) == (want.tokens, want.sources)
+    assert want.sources.count("thresholds") >= 2
+    assert want.tokens != generate(make(models()["target"], models()["good"], accept="thresholds",
+                                        parameter=(0.5, 0.01), speculate_k=4, temperature=1.0),
+                                   prompt, 50).tokens
 
 
 def test_rules_that_need_a_chain_refuse_trees():
