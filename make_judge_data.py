@@ -303,7 +303,7 @@ def mine(args):
              for line in (same[:1] if args.method == "autojudge" else same)]
     log = open_log(args.out.with_name(args.out.name + ".part"), {
         "data": file_hash(args.data), "method": args.method, "search": args.search,
-        "bound": args.bound, "window": args.window,
+        "bound": args.bound, "window": args.window, "misfits": args.misfits,
         "device": torch.device(args.device).type, "dtype": dtype_name(args.dtype),
         "models": {name: (eagle_hash if is_eagle(d) else fingerprint)(d)
                    for name, d in (("target", args.target), ("draft", args.draft)) if d}}, MINED)
@@ -435,6 +435,9 @@ def parse_args(argv=None):
                    f"likely by this much on the mean, in nats a token (default {BOUND})")
     m.add_argument("--window", type=int,
                    help=f"selfjudge: tokens after the swap that count (default {WINDOW})")
+    m.add_argument("--misfits", choices=("skip", "error"),
+                   help="selfjudge: a swapped token after which the target would not go on as "
+                   "before has no label (skip, the default) or is an error")
     m.add_argument("--speculate_k", type=int,
                    help="the first two: drafted tokens per round of the target (default 8)")
     m.add_argument("--out", type=Path, required=True, help="judge data")
@@ -464,6 +467,7 @@ def parse_args(argv=None):
         args.speculate_k = args.speculate_k or 8
         if args.method == "selfjudge":
             args.bound, args.window = args.bound or BOUND, args.window or WINDOW
+            args.misfits = args.misfits or "skip"
     return args
 
 
@@ -488,7 +492,8 @@ def check_args(args):
          f"--method {method} needs --draft DIR: its tokens are swapped in"),
         *((method not in (None, owner) and given(flag) is not None,
            f"--{flag} is for --method {owner}; leave it out") for flag, owner in (
-               ("search", "first_error"), ("bound", "selfjudge"), ("window", "selfjudge"))),
+               ("search", "first_error"), ("bound", "selfjudge"), ("window", "selfjudge"),
+               ("misfits", "selfjudge"))),
         (given("bound") is not None and not 0 < given("bound") < math.inf,
          f"--bound is {given('bound')}; it must be a number above 0"),
         (method == "selfjudge" and given("speculate_k"),

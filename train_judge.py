@@ -57,7 +57,7 @@ MOST = 1e6  # of a weight or a rate: beyond it nothing is learnt, and float32 ov
 def parts(examples: list[dict], args) -> tuple[Tensor, Tensor]:
     """Which examples are for training and which for validation, both bool [examples].
 
-    Those of --exclude_domain are for neither.
+    Those of --exclude_domain are for neither, nor with --swaps_only whole answers.
     """
     kept = torch.tensor([args.exclude_domain is None or e.get("domain") != args.exclude_domain
                          for e in examples])
@@ -65,6 +65,10 @@ def parts(examples: list[dict], args) -> tuple[Tensor, Tensor]:
         domains = sorted({str(e.get("domain")) for e in examples})
         raise UserError(f"--exclude_domain {args.exclude_domain}: {args.data} has the domains "
                         f"{', '.join(domains)}; choose one of several")
+    if args.swaps_only:
+        kept &= torch.tensor(["labelled_from" in e for e in examples])
+        refuse((not kept.any(), f"--swaps_only: {args.data} has no swapped tokens; they come from "
+                "make_judge_data.py mine --method selfjudge"))
     val = torch.zeros_like(kept)
     val[kept] = torch.tensor(split([e for e, k in zip(examples, kept) if k], args.val_share,
                                    args.seed))
@@ -156,6 +160,8 @@ def parse_args(argv=None):
                    "where it was not trained")
     p.add_argument("--chat", action="store_true",
                    help="put the prompts into the checkpoint's chat template")
+    p.add_argument("--swaps_only", action="store_true", help="learn from selfjudge's swapped "
+                   "tokens alone, not from the answers: these pass the standard test anyway")
     p.add_argument("--max_false_accept", type=float,
                    help="store the lowest threshold that accepts at most this share of the "
                    f"validation prompts' error tokens (default {MAX_FALSE_ACCEPT})")

@@ -13,8 +13,10 @@ if the target has it there):
 The idea is the paper's; only its abstract and introduction were at hand, so window, mean and bound
 are ours, and so is this: a swap gets a label only where it fits, that is where the target itself
 goes on with y_t+1 after d. A token that begins a longer or shorter wording than y's is followed by
-what no longer fits, however right it is, and its score says nothing. Greedy is an answer of which
-every token is within TIE nats of the argmax, since bfloat16 rounds a text read at once otherwise.
+what no longer fits, however right it is, and its score says nothing. With misfits "error" all of
+those count as errors: for a draft so weak that most of what does not fit is wrong. Greedy is an
+answer of which every token is within TIE nats of the argmax, since bfloat16 rounds a text read at
+once otherwise.
 
 Against the demo's exact labels (RESULTS.md) it errs where another name is taken for what comes
 again later, which it calls an error, and where a wrong number is used once and nothing depends on
@@ -53,7 +55,7 @@ class SelfJudge:
             length=lambda tokenizer: longest, **{kind: args.draft})
         if self.eagle:
             self.target.taps = self.eagle.taps
-        self.window, self.bound = args.window, args.bound
+        self.window, self.bound, self.misfits = args.window, args.bound, args.misfits
         self.swaps = self.fitting = 0
         self.seconds = 0.0
 
@@ -75,14 +77,18 @@ class SelfJudge:
             if mark:
                 text, span = mark
                 lines.append(mining.about(line) | {
-                    "answer": text, "error": None if score > -self.bound else span,
-                    "labelled_from": span[0], "score": round(score, 4),
+                    "answer": text, "labelled_from": span[0],
+                    "error": None if score is not None and score > -self.bound else span,
+                    "score": None if score is None else round(score, 4),
                     "instead_of": self.tokenizer.decode_new(prompt, [tokens[at]])})
         return lines
 
     @torch.inference_mode()
-    def scores(self, prompt: list[int], answer: list[int]) -> list[tuple[int, int, float]] | None:
-        """(place, drafted token, score) of each swap; None if the answer is not greedy."""
+    def scores(self, prompt: list[int],
+               answer: list[int]) -> list[tuple[int, int, float | None]] | None:
+        """(place, drafted token, score) of each swap, no score where it does not fit; None if the
+        answer is not greedy.
+        """
         begin, target, agree = time.perf_counter(), self.target, self.target.agree
         text, first = Text(target, prompt + answer), len(prompt) - 1
         best, top, own = predict(target, text.hidden[first:], answer)
@@ -101,14 +107,15 @@ class SelfJudge:
         then = agree(predict(target, torch.cat(after), [])[0]).tolist()
         fitting = [swap for swap, token in zip(swaps, then) if token == answer[swap[0] + 1]]
         after = text.branches([(len(prompt) + at, [d, *rest(at)[:-1]]) for at, d in fitting])
-        found = []
+        misfits = [swap for swap in swaps if self.misfits == "error" and swap not in fitting]
+        found = [(at, d, None) for at, d in misfits]
         for (at, d), hidden in zip(fitting, after):
             here = text.hidden[first + at:first + at + 1]
             _, _, other = predict(target, torch.cat((here, hidden)), [d, *rest(at)])
             found.append((at, d, float((other - own[at:at + len(other)]).mean())))
         self.swaps, self.fitting = self.swaps + len(swaps), self.fitting + len(fitting)
         self.seconds += time.perf_counter() - begin
-        return found
+        return sorted(found)
 
     def drafted(self, text: Text, ids: list[int]) -> Tensor:
         """The draft's argmax after each token of the text but the last: [N - 1], of an EAGLE head,

@@ -10,6 +10,7 @@ import torch
 
 import checkpoint
 import make_judge_data as M
+import train_judge
 from common import UserError
 from demo.corpus import problems, render
 from demo.mined import at_bounds, mark_rows, swaps
@@ -70,7 +71,7 @@ def log_probs(model, ids):
     return model.output(hidden[0]).double().log_softmax(-1)
 
 
-def brute_force(pair, line, window, bound):
+def brute_force(pair, line, window, bound, misfits):
     """The lines of an answer, each swapped text read on its own."""
     tokenizer, target, draft = pair
     prompt = tokenizer.encode(line["prompt"])
@@ -85,27 +86,30 @@ def brute_force(pair, line, window, bound):
         if d == own[at] or d in tokenizer.eos_ids or at + 1 == len(own):
             continue
         swaps, after = swaps + 1, log_probs(target, prompt + swapped)
-        if int(after[n + at].argmax()) != own[at + 1]:
+        fits = int(after[n + at].argmax()) == own[at + 1]
+        if not fits and misfits == "skip":
             continue
         terms = [float(after[n + j - 1, swapped[j]] - before[n + j - 1, own[j]])
                  for j in range(at, min(at + window + 1, len(own)))]
         text, score = tokenizer.decode_new(prompt, swapped[:at + 1]), sum(terms) / len(terms)
+        score = score if fits else None
         start = len(tokenizer.decode_new(prompt, own[:at]))
         if tokenizer.encode(text, continuation=True) == swapped[:at + 1]:
-            found.append((text, None if score > -bound else [start, len(text)], score))
+            good = fits and score > -bound
+            found.append((text, None if good else [start, len(text)], score))
     return found, swaps
 
 
-@pytest.mark.parametrize("rows, window", [(1024, 32), (20, 5)])
+@pytest.mark.parametrize("rows, window, misfits", [(1024, 32, "skip"), (20, 5, "error")])
 def test_labels_equal_one_pass_for_each_swap(pair, open_answers, tmp_path, monkeypatch, capsys,
-                                             rows, window):
+                                             rows, window, misfits):
     """On prompts of no task; `rows`: of a pass over several swaps at once."""
     monkeypatch.setattr(branches, "ROWS", rows)
-    more = [] if window == M.WINDOW else ["--window", window]
+    more = [] if window == M.WINDOW else ["--window", window, "--misfits", misfits]
     lines = mine(open_answers, tmp_path / "m.jsonl", *more, "--bound", 0.3)
     want, swaps = [], 0
     for line in lines_of(open_answers)[:2]:
-        found, count = brute_force(pair, line, window, 0.3)
+        found, count = brute_force(pair, line, window, 0.3, misfits)
         want, swaps = want + found, swaps + count
     assert [(e["answer"], e["error"]) for e in lines] == [w[:2] for w in want]
     for e, (*_, score) in zip(lines, want):
@@ -113,9 +117,11 @@ def test_labels_equal_one_pass_for_each_swap(pair, open_answers, tmp_path, monke
         start, _ = e["error"] or (e.get("labelled_from"), None)
         assert start == e.get("labelled_from") and ("instead_of" in e) == ("score" in e)
     marks = [e["error"] is not None for e in lines if "score" in e]
-    assert any(marks) and not all(marks) and swaps > len(marks)
+    assert any(marks) and not all(marks) and swaps >= len(marks)
     said = capsys.readouterr().out
-    assert f"{len(marks)} of {swaps} swaps fit" in said
+    fitting = sum(e.get("score") is not None for e in lines)
+    assert f"{fitting} of {swaps} swaps fit" in said
+    assert (fitting < len(marks)) == (misfits == "error")
     assert "left out: 1 not the target's own greedy answer" in said  # the draft's
     tokenizer = pair[0]
     for e, example in zip(encode(tokenizer, read_data(tmp_path / "m.jsonl"), 2048), lines):
@@ -230,6 +236,22 @@ def test_labels_begin_where_a_line_says(tmp_path):
     assert [e["labelled_from"] for e in read_data(path)] == [5, 2]
 
 
+def test_a_judge_can_learn_from_swaps_only(tmp_path):
+    """Whole answers are for neither part; a prompt without a swap counts for no split."""
+    lines = [{"prompt": f"p{i % 4}", "answer": "a b", "error": None} for i in range(8)]
+    for e in lines[4:]:
+        e["labelled_from"] = 2
+    flags = ["--target", str(DEMO / "target"), "--data", str(write(tmp_path / "d.jsonl", lines)),
+             "--out", str(tmp_path / "j"), "--val_share", "0.25", "--device", "cpu"]
+    both = [sum(t.tolist()) for t in train_judge.parts(lines, train_judge.parse_args(flags))]
+    args = train_judge.parse_args([*flags, "--swaps_only"])
+    train, val = (t.tolist() for t in train_judge.parts(lines, args))
+    assert both == [6, 2] and (sum(train), sum(val)) == (3, 1)
+    assert not any(train[:4]) and not any(val[:4])
+    with pytest.raises(UserError, match="d.jsonl has no swapped tokens"):
+        train_judge.parts(lines[:4], args)
+
+
 def test_merge_keeps_and_counts_where_labels_begin(tmp_path, capsys):
     lines = [{"prompt": f"p{i}", "answer": "abcdef", "error": [4, 6], "labelled_from": 3}
              for i in range(4)]
@@ -311,6 +333,7 @@ def test_refusals(open_answers, tmp_path):
             (["selfjudge", *draft, "--speculate_k", "4"], "--speculate_k is of the target's cont"),
             (["autojudge", *draft, "--bound", "1"], "--bound is for --method selfjudge"),
             (["first_error", "--window", "9"], "--window is for --method selfjudge"),
+            (["first_error", "--misfits", "skip"], "--misfits is for --method selfjudge"),
             (["autojudge", *draft], "no answers of a task with a checker .* --method selfjudge")):
         with pytest.raises(UserError, match=message) as e:
             M.main([*base, *command])
