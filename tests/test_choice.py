@@ -168,7 +168,7 @@ BAD = [
     ([*EAGLE, "--tree", "6:7"], "--tree 6:7 can have at most 6 levels"),
     ([*EAGLE, "--tree", "60:33"], "--tree 60:33 can have at most 32 levels"),
     ([*EAGLE, "--tree", "11:1"], "--tree 11:1: so few levels have room for 10 tokens"),
-    ([*NGRAM, "--accept", "kl:0.5"], "rule kl compares the draft's distribution"),
+    ([*NGRAM, "--accept", "kl:0.5"], "rule kl:0.5 compares the draft's distribution"),
     ([*NGRAM, "--draft_dtype", "float32"], "--draft_dtype is of a model's weights"),
     ([*NGRAM, "--speculate_k", "0"], "--speculate_k is 0"),
     (["--draft", "{}/others"], "was trained on target"),
