@@ -140,7 +140,7 @@ def test_forced_rounds_leave_the_state_and_the_caches_of_real_ones(k, played, mo
     assert played == "eager" or recording.spans > 0
     assert len(engine.tokens) == len(prompt) + 1 + sum(counts) + len(counts)
     # and not one token more was left to keep
-    assert torch.cat(engine.state).tolist() == [*engine.tokens[-2:], len(engine.tokens), -1]
+    assert torch.cat(engine.state).tolist() == [*engine.tokens[-2:], len(engine.tokens), -1, 0]
     length = engine.read_len
     with torch.inference_mode():
         for model in (target, draft):
@@ -292,7 +292,9 @@ def test_hugging_face_makes_the_same_tokens(tmp_path, target, draft):
     assert theirs.model.layers[1].mlp.up_proj.weight.data_ptr() == models[0].layers[
         1].ffn.w13.weight[96:].data_ptr()
     args = SimpleNamespace(speculate_k=[1, 5], ks={"llama": [1, 5]}, max_new_tokens=24,
-                           device="cpu", compile=False, peer="hf", rules=["standard", "judge"],
+                           device="cpu", compile=False, peer="hf",
+                           rules={rule: dict(accept=rule, parameter=None, span=None)
+                                  for rule in ("standard", "judge")},
                            target=SimpleNamespace(config=target),
                            draft=SimpleNamespace(config=draft))
     prompts = [list(range(3, 20)), list(range(40, 50))]
