@@ -131,8 +131,8 @@ def parse_args(argv=None):
     args.accepted = args.accepted or [a for a in ACCEPTED if a < most] or [most / 2]
     args.rules = rule_list(args.rules or "standard" + (",judge" if args.judge else ""))
     check_args(args, most)
-    resolve_drafters(args, {r: parse_rule(r) for r in args.rules} if args.prompts else {},
-                     given or KS)
+    resolve_drafters(args, {r: parse_rule(r) for r in args.rules} if args.prompts else {}, given,
+                     default=KS)
     refuse((args.peer and "llama" not in args.drafters, "--peer hf drafts with --draft alone, no "
             "head, no tree; add llama to --drafters"))
     args.ks = {name: ks_of(name, args.tree, given, KS) for name in args.drafters}

@@ -137,11 +137,12 @@ def add_drafter_flags(p: argparse.ArgumentParser):
     p.add_argument("--tree", type=parse_tree, help=f"eagle-tree's: {TREE_HELP}; default {TREE}")
 
 
-def resolve_drafters(args: argparse.Namespace, rules: dict[str, tuple], ks: list[int], greedy=True):
+def resolve_drafters(args: argparse.Namespace, rules: dict[str, tuple], ks: list[int], greedy=True,
+                     default=(CHAIN,)):
     """Make --drafters a list and fill in --tree; refuse what does not fit.
 
     rules: those that need a drafter, as `check_rules` takes them; without any, nothing drafts. ks:
-    what --speculate_k gives.
+    what --speculate_k gives, else `default`.
     """
     given = {"llama": args.draft, "eagle": args.eagle, "eagle-tree": args.tree}
     named = args.drafters.split(",") if args.drafters else [n for n in NAMES if given.get(n)]
@@ -158,7 +159,7 @@ def resolve_drafters(args: argparse.Namespace, rules: dict[str, tuple], ks: list
            (eagle and not args.eagle, f"drafter {eagle} needs --eagle DIR"),
            (args.tree and "eagle-tree" not in args.drafters,
             "--tree is the drafter eagle-tree's; add it to --drafters"))
-    check_rules(rules, args.drafters, ks or [CHAIN], greedy)
+    check_rules(rules, args.drafters, ks or default, greedy)
     if "eagle-tree" in args.drafters:
         args.tree = args.tree or parse_tree(TREE)
         check_k(args.tree, ks if args.drafters == ["eagle-tree"] else [])

@@ -448,8 +448,8 @@ def whole_rounds(c: Check, target, draft_source: Source | None, name: str):
     caches = {model: model.new_cache(positions(c)) for model in (target, draft) if model}
     if draft:
         k, weight = c.sizes.k, torch.randn(1, target.config.dim) / target.config.dim ** 0.5
-        e = engine_on(caches, target, draft, JudgeHead(weight, torch.zeros(1), 0.5, ""), "judge",
-                      k=k)
+        e = engine_on(caches, target, draft, JudgeHead(weight, torch.zeros(1), 0.5, ""),
+                      k, accept="judge")
         tell = simulate(compiled(c, e, name))
         counts = draw_runs(rate_for(c.sizes.accepted, k), k, c.sizes.rounds)
     else:

@@ -69,7 +69,8 @@ def tiny(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [
-    JUDGE, "compiled", (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
+    JUDGE, pytest.param("compiled", marks=pytest.mark.long),
+    (*STANDARD, "--temperature", "0.8", "--top_p", "0.9", "--seed", "5")],
     ids=["judge", "judge-compiled", "sampled"])
 def test_two_processes_say_what_one_says(args, tmp_path, tiny):
     if args == "compiled":
